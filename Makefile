@@ -1,0 +1,50 @@
+# Every target works alone on a machine that has only make and Python 3.11 or newer.
+#   make train   the first experiment, into runs/digits
+#   make test    all tests, the docstrings' examples and the README's
+# PYTHON=python3.12 chooses the interpreter, EXTRAS=experiments,ray,test the extras.
+
+# The first one on the path that is new enough and can make virtual environments.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' \
+	  2>/dev/null && echo $$python && break; done)
+EXTRAS ?= experiments,test
+
+BIN := .venv/bin
+comma := ,
+STAMP := .venv/installed-$(subst $(comma),-,$(EXTRAS))
+
+.PHONY: venv train test docs bench lint types
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  python="$(PYTHON)"; \
+	  test -n "$$python" || { \
+	    echo "No Python 3.11 or newer with venv found; try make PYTHON=..." >&2; exit 1; }; \
+	  echo "Making .venv with $$python"; \
+	  "$$python" -m venv .venv; }
+	@echo "Installing dbjax[$(EXTRAS)] into .venv; the first time takes some minutes"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+train: venv
+	$(BIN)/python -m experiments.main \
+	  --config=configs/digits_downpour.py --workdir=runs/digits
+
+test: venv
+	$(BIN)/python -m pytest
+
+docs: venv
+	$(BIN)/python -m pytest dbjax tests/readme_test.py
+
+bench: venv
+	$(BIN)/python -m experiments.bench_downpour
+
+lint: venv
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: venv
+	$(BIN)/pyrefly check

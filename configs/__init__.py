@@ -1,0 +1,1 @@
+"""Configs, one run each; every file opens with its command and what to expect."""

@@ -1,0 +1,84 @@
+"""Calibration: the distributions behind a recorded run."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from dbjax.cluster.distributions import Constant, Distribution, Empirical
+from dbjax.trace import COMPUTE, FETCH, PUSH, Trace
+
+_MOST_VALUES = 10_000  # a longer record is thinned to so many, the mean kept
+
+
+class Calibration(NamedTuple):
+    """What a Trace says about its cluster, named like the fields of `Cluster`."""
+
+    step_time: Distribution
+    speeds: tuple[float, ...]
+    latency: Distribution
+    shard_service: Distribution
+
+
+def calibrate(trace: Trace) -> Calibration:
+    """Read step times, speeds, latency and shard service off a recorded run.
+
+    A replica's speed is the median replica's mean step time over its own, so that the
+    typical machine has speed 1 and each keeps its mean; one that computed nothing has
+    speed 1. Step times are those recorded times the speed. A latency is half a fetch,
+    bytes and all, as a record of one problem cannot tell bandwidth from latency. Shard
+    service is how long a push was handled. Failures and joins are not read.
+
+    Args:
+      trace: a Trace with COMPUTE rows.
+
+    Returns:
+      The calibration.
+
+    Raises:
+      ValueError: no step was computed, or a row ends before it starts.
+    """
+    seconds = trace.time - trace.start
+    if not np.all(seconds >= 0):
+        row = int(np.flatnonzero(~(seconds >= 0))[0])
+        raise ValueError(
+            "trace must have rows that end after they start; row "
+            f"{row} goes from {trace.start[row]:g} to {trace.time[row]:g}."
+        )
+    computed = trace.kind == COMPUTE
+    if not seconds[computed].sum() > 0:
+        raise ValueError(
+            "trace must hold COMPUTE rows that took time; got "
+            f"{int(computed.sum())} such rows, of {seconds[computed].sum():g} seconds."
+        )
+    owners, steps = trace.replica[computed], seconds[computed]
+    replicas = max(int(trace.header["replicas"]), int(owners.max()) + 1)
+    counts = np.bincount(owners, minlength=replicas)
+    means = np.bincount(owners, weights=steps, minlength=replicas)
+    means /= np.maximum(counts, 1)
+    took_time = means > 0
+    means[~took_time] = typical = np.median(means[took_time])
+    speeds = typical / means
+    # A duration is a difference of two times, and rounds like the larger of them.
+    rounding = 8 * np.finfo(np.float64).eps * float(np.abs(trace.time).max())
+    return Calibration(
+        step_time=_distribution(steps * speeds[owners], rounding),
+        speeds=tuple(speeds.tolist()),
+        latency=_distribution(seconds[trace.kind == FETCH] / 2, rounding),
+        shard_service=_distribution(seconds[trace.kind == PUSH], rounding),
+    )
+
+
+def _distribution(values: np.ndarray, rounding: float) -> Distribution:
+    """Give the distribution of `values`; those equal up to rounding are a constant."""
+    if not values.size or values.max() <= rounding:
+        return Constant(0.0)
+    if np.ptp(values) <= rounding:
+        return Constant(float(values.mean()))
+    if values.size > _MOST_VALUES:
+        # Means of equally large stretches of the sorted record, by its running sum,
+        # whose ends may fall within a value.
+        total = np.concatenate([[0.0], np.cumsum(np.sort(values))])
+        ends = np.linspace(0, values.size, _MOST_VALUES + 1)
+        sums = np.diff(np.interp(ends, np.arange(values.size + 1), total))
+        values = sums * (_MOST_VALUES / values.size)
+    return Empirical(values)

@@ -1,0 +1,8 @@
+"""Downpour SGD: train, simulate, replay, sweep; the replica and the protocols."""
+
+from dbjax.downpour.protocol import asynchronous as asynchronous
+from dbjax.downpour.protocol import synchronous as synchronous
+from dbjax.downpour.replay import replay as replay
+from dbjax.downpour.simulate import simulate as simulate
+from dbjax.downpour.sweep import sweep as sweep
+from dbjax.downpour.train import train as train

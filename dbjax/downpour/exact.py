@@ -1,0 +1,248 @@
+"""The exact executor: walks a plan, calling what live replicas call.
+
+So it reproduces a recorded run bit for bit. It can stop before any row, and its
+`leaves` are all it needs to go on from there.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dbjax.downpour.plan import Plan
+from dbjax.downpour.problem import Problem, copy, digest
+from dbjax.runtime.base import MOST_REJECTED, RejectedTooOften
+from dbjax.server.messages import Push
+from dbjax.server.shard import ShardState
+from dbjax.typing import Params
+
+
+class Exact:
+    """A machine that executes a plan row by row.
+
+    Attributes:
+      row: the next row.
+      shards: the shards' states.
+      digests: `(trace row, digest)` of versions made, where asked for.
+      not_finite: the Trace's rows of pushes that were rejected as not finite.
+      torn: whether a row is half executed, so that `leaves` would make no sense.
+      interrupted: set it to have KeyboardInterrupt raised when the row is whole.
+    """
+
+    def __init__(self, plan: Plan, problem: Problem, digest_every: int = 0) -> None:
+        self.plan, self.problem, self.row = plan, problem, 0
+        self.digest_every = digest_every
+        self.digest_rows: set[int] | None = None
+        parts = problem.split(problem.params)
+        self.shards = [problem.shard.init(part) for part in map(copy, parts)]
+        self.pool: list[list[Params]] = [[None] * plan.slots for _ in self.shards]
+        for s, shard in enumerate(self.shards):
+            self.pool[s][plan.start[s]] = problem.publish(shard.params)
+        self.accrued: list[Any] = [None] * plan.gradient_slots
+        self.finite: list[bool] = [True] * plan.gradient_slots
+        self.unpushed: list[int] = [0] * plan.gradient_slots
+        self.local: dict[int, tuple[Params, Any]] = {}
+        self.digests: list[tuple[int, int]] = []
+        self.not_finite: list[int] = []
+        self.in_a_row, self._rejected = 0, -1
+        self.torn = self.interrupted = False
+        last = plan.version.max(axis=0, initial=0)
+        self._last = [int(v) for v in last]
+        # Plain Python numbers: indexing NumPy arrays one by one is slow.
+        self._rows = list(
+            zip(
+                plan.compute.tolist(), plan.replica.tolist(), plan.batch.tolist(),
+                plan.step.tolist(), plan.landed.tolist(), plan.into.tolist(),
+                plan.first.tolist(), plan.read.tolist(), plan.source.tolist(),
+                strict=True,
+            )
+        )  # fmt: skip
+
+    def params(self) -> Params:
+        """The whole current parameters, in buffers of their own."""
+        merged = self.problem.merge(tuple(shard.params for shard in self.shards))
+        return copy(merged) if len(self.shards) == 1 else merged
+
+    def run(self, stop: int) -> None:
+        """Execute rows up to `stop`.
+
+        Raises:
+          RejectedTooOften: naming the last of too many pushes that were not finite.
+        """
+        plan = self.plan
+        while self.row < stop:
+            compute, replica, batch, step, landed, into, first, read, source = (
+                self._rows[self.row]
+            )
+            if compute:
+                self._compute(replica, batch, step, landed, into, first, read)
+            self.torn = True
+            for s, slot in enumerate(source):
+                if slot >= 0:
+                    self._push(s, slot, replica, step)
+            self.row += 1
+            self.torn = False
+            if self.interrupted:
+                self.interrupted = False
+                raise KeyboardInterrupt
+            if self._rejected >= 0 and self.in_a_row >= MOST_REJECTED:
+                last, self._rejected = self._rejected, -1
+                who, when = (c[last] for c in (plan.trace.replica, plan.trace.step))
+                raise RejectedTooOften(self.in_a_row, int(who), int(when))
+
+    def _compute(
+        self, replica: int, batch: int, step: int, landed: bool, into: int, first: bool,
+        read: list[int],
+    ) -> None:  # fmt: skip
+        problem = self.problem
+        state = None
+        if problem.local_step is not None and replica in self.local and not landed:
+            params, state = self.local[replica]
+        else:
+            held = tuple(
+                slots[slot] for slots, slot in zip(self.pool, read, strict=True)
+            )
+            params = problem.widen(problem.merge(held))
+            if problem.local_optimizer is not None:
+                state = self.local.get(replica, (None, None))[1]
+                if state is None:
+                    state = problem.local_optimizer.init(params)
+        try:
+            minibatch = problem.batch(replica, batch)
+            gradients, finite = problem.gradient(params, minibatch, replica, batch)
+            finite = bool(finite)
+        except Exception as error:
+            error.add_note(f"It was raised for replica {replica} at step {step}.")
+            raise
+        self.torn = True
+        if problem.local_step is not None and finite:
+            params, state = problem.local_step(params, state, gradients)
+            self.local[replica] = params, state
+        if first:
+            self.accrued[into], self.finite[into] = gradients, finite
+        else:
+            self.accrued[into] = problem.accrue(self.accrued[into], gradients)
+            self.finite[into] &= finite
+        self.unpushed[into] = len(self.shards)
+
+    def _push(self, s: int, slot: int, replica: int, step: int) -> None:
+        plan, problem, row = self.plan, self.problem, self.row
+        if self.unpushed[slot] == len(self.shards):
+            self.accrued[slot] = problem.split(self.accrued[slot])
+            # In a row over all replicas; counted once a push.
+            self.in_a_row = 0 if self.finite[slot] else self.in_a_row + 1
+            self._rejected = -1 if self.finite[slot] else int(plan.row[row, s])
+        shard, pool, write = self.shards[s], self.pool[s], plan.write[row, s]
+        finite, taken = self.finite[slot], bool(plan.taken[row, s])
+        stale = None
+        if "stale_params" in problem.provide:
+            stale = pool[plan.stale[row, s]]
+            if problem.version_dtype is not None:
+                stale = jax.tree.map(
+                    lambda a, b: a.astype(b.dtype), stale, shard.params
+                )
+        message = Push(
+            replica, 0, step, self.accrued[slot][s],
+            shard.version - int(plan.staleness[row, s]), finite and taken, stale,
+        )  # fmt: skip
+        narrow = problem.version_dtype is not None
+        # The written slot's version is dead: its memory becomes the new version's.
+        spare = None if narrow or not message.taken else pool[write]
+        self.shards[s], _ = problem.shard.handle(shard, message, spare=spare)
+        if message.taken or narrow:
+            pool[write] = problem.publish(self.shards[s].params)
+        else:
+            pool[write] = copy(shard.params)
+            self.shards[s] = self.shards[s]._replace(params=pool[write])
+        if not finite:
+            self.not_finite.append(int(plan.row[row, s]))
+        at = int(plan.row[row, s])
+        if self._is_digested(at, s):
+            self.digests.append((at, digest(self.shards[s].params)))
+        self.unpushed[slot] -= 1
+        if not self.unpushed[slot]:
+            self.accrued[slot] = None
+
+    def _is_digested(self, row: int, s: int) -> bool:
+        """Whether the version just made is checksummed."""
+        if self.digest_rows is not None:
+            return row in self.digest_rows
+        version, every = self.shards[s].version, self.digest_every
+        return bool(every) and (version % every == 0 or version == self._last[s])
+
+    def leaves(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """What a checkpoint holds: arrays by name, and a JSON-able note."""
+        arrays: dict[str, np.ndarray] = {}
+
+        def pack(name: str, tree: Any) -> None:
+            for i, leaf in enumerate(jax.tree.leaves(tree)):
+                arrays[f"{name}/{i}"] = np.asarray(leaf)
+
+        held = []
+        for s, (shard, slots) in enumerate(zip(self.shards, self.pool, strict=True)):
+            pack(f"shard{s}/params", shard.params)
+            pack(f"shard{s}/optimizer", shard.optimizer_state)
+            kinds = [_kind(version, shard.params) for version in slots]
+            held.append(kinds)
+            for slot, kind in enumerate(kinds):
+                if kind == "own":
+                    pack(f"shard{s}/slot{slot}", slots[slot])
+        for slot, tree in enumerate(self.accrued):
+            pack(f"accrued{slot}", tree)
+        for replica, local in self.local.items():
+            pack(f"local{replica}", local)
+        note = {
+            "row": self.row,
+            "versions": [shard.version for shard in self.shards],
+            "held": held,
+            "local": sorted(self.local),
+            "accrued": [tree is not None for tree in self.accrued],
+            "finite": self.finite,
+            "unpushed": self.unpushed,
+            "digests": self.digests,
+            "not_finite": self.not_finite,
+            "in_a_row": self.in_a_row,
+        }
+        return arrays, note
+
+    def restore(self, arrays: dict[str, np.ndarray], note: dict[str, Any]) -> None:
+        """Go back to where `leaves` was called."""
+
+        def unpack(name: str, template: Any) -> Any:
+            leaves, treedef = jax.tree.flatten(template)
+            own = [jnp.array(arrays[f"{name}/{i}"]) for i in range(len(leaves))]
+            return treedef.unflatten(own)
+
+        whole = self.problem.params
+        for s, old in enumerate(self.shards):
+            shard = ShardState(
+                unpack(f"shard{s}/params", old.params),
+                unpack(f"shard{s}/optimizer", old.optimizer_state),
+                int(note["versions"][s]),
+            )
+            self.shards[s] = shard
+            for slot, kind in enumerate(note["held"][s]):
+                own = kind == "own"
+                self.pool[s][slot] = (
+                    unpack(f"shard{s}/slot{slot}", shard.params) if own
+                    else shard.params if kind == "current" else None
+                )  # fmt: skip
+        self.unpushed = [int(n) for n in note["unpushed"]]
+        for slot, there in enumerate(note["accrued"]):
+            split = self.unpushed[slot] < len(self.shards)
+            template = self.problem.split(whole) if split else whole
+            self.accrued[slot] = unpack(f"accrued{slot}", template) if there else None
+        if self.problem.local_optimizer is not None:
+            template = (whole, self.problem.local_optimizer.init(whole))
+            self.local = {r: unpack(f"local{r}", template) for r in note["local"]}
+        self.row = int(note["row"])
+        self.finite = [bool(x) for x in note["finite"]]
+        self.digests = [(int(a), int(b)) for a, b in note["digests"]]
+        self.not_finite = [int(x) for x in note["not_finite"]]
+        # Who goes on after a run that came apart has seen to it: it is counted anew.
+        self.in_a_row = int(note["in_a_row"]) % MOST_REJECTED
+
+
+def _kind(version: Params, current: Params) -> str:
+    return "none" if version is None else "current" if version is current else "own"

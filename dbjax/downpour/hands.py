@@ -1,0 +1,74 @@
+"""A live replica's hands: carries out its actor's requests on arrays."""
+
+from typing import Any
+
+import jax
+
+from dbjax.downpour.problem import Problem, copy
+from dbjax.server.messages import Fetched, Push
+from dbjax.typing import Params
+
+
+class ReplicaHands:
+    """One replica's parameters, accrued gradients and local optimizer state."""
+
+    def __init__(self, problem: Problem, replica: int) -> None:
+        self.problem, self.replica = problem, replica
+        self.params: Params = None
+        self.fetched: list[Fetched] = []
+        self.accrued: Any = None
+        self.base: list[Fetched] = []
+        self.finite, self.accrued_count = True, 0
+        self.local_state: Any = None
+
+    def install(self, fetched: list[Fetched]) -> None:
+        """Take the shards' parameters: they replace the replica's own."""
+        if self.accrued_count and "stale_params" in self.problem.provide:
+            # The oldest version is let go now, but its push is yet to come.
+            self.base = [Fetched(copy(one.params), one.version) for one in self.base]
+        self.fetched = fetched
+        parts = tuple(self.problem.publish(one.params) for one in fetched)
+        self.params = self.problem.widen(self.problem.merge(parts))
+
+    def compute(self, batch: int, step: int) -> None:
+        """Add the gradient of minibatch `batch` to the accrued gradients."""
+        problem = self.problem
+        gradients, finite = problem.gradient(
+            self.params, problem.batch(self.replica, batch), self.replica, batch
+        )
+        finite = bool(finite)
+        if problem.local_step is not None and problem.local_optimizer is not None:
+            if self.local_state is None:
+                self.local_state = problem.local_optimizer.init(self.params)
+            if finite:
+                self.params, self.local_state = problem.local_step(
+                    self.params, self.local_state, gradients
+                )
+        if self.accrued_count:
+            self.accrued = problem.accrue(self.accrued, gradients)
+        else:
+            self.accrued, self.finite, self.base = gradients, True, self.fetched
+        self.finite &= finite
+        self.accrued_count += 1
+
+    def push(self, id_: int, step: int) -> list[Push]:
+        """Give the accrued gradients away, a message a shard, and zero them."""
+        parts = self.problem.split(self.accrued)
+        wants = "stale_params" in self.problem.provide
+        messages = []
+        for part, base in zip(parts, self.base, strict=True):
+            stale = None
+            if wants:
+                like = base.params
+                stale = jax.tree.map(
+                    lambda a, b: a.astype(b.dtype), self.problem.publish(like), like
+                )
+            messages.append(
+                Push(self.replica, id_, step, part, base.version, self.finite, stale)
+            )
+        self.accrued, self.accrued_count = None, 0
+        return messages
+
+    def count(self) -> int:
+        """How many gradients are accrued."""
+        return self.accrued_count

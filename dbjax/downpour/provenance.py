@@ -1,0 +1,66 @@
+"""What a run says of itself: in its Trace's header, and to one that resumes it."""
+
+import os
+from typing import Any
+
+import jax
+
+from dbjax.downpour.arguments import Arguments
+from dbjax.downpour.problem import Problem
+
+
+def describe_machine(problem: Problem) -> dict[str, Any]:
+    """What a Trace's header says of the problem and the machine."""
+    # Not from the data: iterators do not go back.
+    shape = problem.batch_spec[1][0] if len(problem.batch_spec) > 1 else ()
+    layout = problem.layout
+    names = zip(layout.names, layout.shapes, layout.dtypes, strict=True)
+    return {
+        "shapes": {n: [list(shape), str(dtype)] for n, shape, dtype in names},
+        "shard_sizes": list(layout.sizes),
+        "batch_size": int(shape[0]) if shape else 1,
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "threads": os.cpu_count(),
+    }
+
+
+def describe_problem(problem: Problem) -> dict[str, str]:
+    """What a checkpoint's arrays depend on, so that a resumed run has the same."""
+
+    def shapes(tree: Any) -> str:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        keys = [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
+        return ", ".join(f"{key} {leaf.dtype}{list(leaf.shape)}" for key, leaf in keys)
+
+    def state(rule: Any) -> str:
+        return "none" if rule is None else shapes(jax.eval_shape(rule.init, params))
+
+    params = problem.params
+    return {
+        "params": shapes(params),
+        "split": ", ".join(map(str, problem.layout.sizes)),
+        "optimizer state": state(problem.optimizer),
+        "local_optimizer state": state(problem.local_optimizer),
+        "batches of": ", ".join(map(str, problem.batch_spec[1:])),
+        "provide": ", ".join(problem.provide),
+        "version_dtype": str(problem.version_dtype),
+    }
+
+
+def check_same(
+    note: dict[str, Any], a: Arguments, problem: Problem, kind: str, fingerprint: str
+) -> None:
+    """Raise unless a checkpoint is of the run that these arguments describe."""
+    where = f"checkpoint_dir {os.fspath(a.checkpoint_dir)!r}"  # type: ignore[arg-type]
+    if note.get("kind") != kind:
+        raise ValueError(f"{where} holds a run of another runtime ({note.get('kind')})")
+    theirs = note["arguments"] | note["problem"]
+    for name, value in (a.describe() | describe_problem(problem)).items():
+        if theirs.get(name) != value:
+            raise ValueError(
+                f"{where} holds a run with {name}={theirs.get(name)!r}, not "
+                f"{value!r}: use another directory, or the same arguments"
+            )
+    if note["fingerprint"] != fingerprint:
+        raise ValueError(f"{where} holds a run on another cluster or seed")

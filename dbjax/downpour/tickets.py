@@ -1,0 +1,103 @@
+"""The ticket desk: a step is a ticket from a counter that all replicas share.
+
+The desk joins the counter, the warm start and the protocol. A runtime asks it; it knows
+no thread or clock. `WAIT` means: ask again when `done`, `enter` or `leave` was called;
+for many who wait, `ready` says whom that would help.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from dbjax.downpour.protocol import Clocks, Protocol
+
+WAIT = -1
+
+
+class Tickets:
+    """Hands out the steps `again`, then `first, first + 1, ..., steps - 1`.
+
+    `again` are those below `first` that failed replicas took with them in a run before.
+    During the first `warmstart_steps` replica 0 is alone: every other replica waits
+    until it has finished them (the paper, section 4.1, warm start).
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        protocol: Protocol,
+        warmstart_steps: int = 0,
+        first: int = 0,
+        again: Sequence[int] = (),
+    ) -> None:
+        self.protocol, self.steps, self.warmstart_steps = (
+            protocol,
+            steps,
+            warmstart_steps,
+        )
+        self.clocks = Clocks()
+        self.next, self.finished = first, first - len(again)
+        self._again = list(again)
+        # Whether the warm start is over.
+        self.warm = self.finished >= min(warmstart_steps, steps)
+        self._held: list[int] = []  # here, but not at the clocks before that
+        self._asked_at = -1  # the slowest replica's round when waiters were last asked
+
+    def enter(self, replica: int) -> None:
+        """A replica joins, or comes back."""
+        # The lone replica of a warm start would otherwise be ahead of the others.
+        if self.warm or replica == 0:
+            self.clocks.enter(replica)
+        else:
+            self._held.append(replica)
+
+    def ask(self, replica: int) -> int | None:
+        """Give the next step, None if there is none left, or `WAIT`."""
+        if not self.warm and replica != 0:
+            return WAIT
+        step = self._again[0] if self._again else self.next
+        if step >= self.steps:
+            return None
+        if not self.warm and step >= self.warmstart_steps:
+            return WAIT
+        if not self.protocol.may_begin(self.clocks, replica):
+            return WAIT
+        if self._again:
+            return self._again.pop(0)
+        self.next = step + 1
+        return step
+
+    def ready(self, waiting: Iterable[int]) -> list[int]:
+        """Name those of the waiting replicas that would not be told `WAIT` again."""
+        if not self.warm:
+            return []
+        if self.next >= self.steps and not self._again:
+            return list(waiting)
+        may_begin, clocks = self.protocol.may_begin, self.clocks
+        if self.protocol.by_slowest:
+            if clocks.slowest == self._asked_at:
+                return []
+            self._asked_at = clocks.slowest
+        return [replica for replica in waiting if may_begin(clocks, replica)]
+
+    def done(self, replica: int) -> None:
+        """A replica has finished a minibatch, and its push if one was due."""
+        self.clocks.tick(replica)
+        self._finish()
+
+    def lost(self, replica: int) -> None:
+        """A replica failed with a ticket in hand: the minibatch is lost."""
+        self._finish()
+
+    def _finish(self) -> None:
+        self.finished += 1
+        if not self.warm and self.finished >= min(self.warmstart_steps, self.steps):
+            self.warm = True
+            for replica in self._held:
+                self.clocks.enter(replica)
+            self._held.clear()
+
+    def leave(self, replica: int) -> None:
+        """A replica has stopped or failed."""
+        if replica in self._held:
+            self._held.remove(replica)
+        else:
+            self.clocks.leave(replica)

@@ -1,0 +1,10 @@
+"""How gradients become steps: optax transformations, pure and not distributed."""
+
+from dbjax.optim.adagrad import ScaleByAdagradState as ScaleByAdagradState
+from dbjax.optim.adagrad import adagrad as adagrad
+from dbjax.optim.adagrad import scale_by_adagrad as scale_by_adagrad
+from dbjax.optim.stale import DelayGradientsState as DelayGradientsState
+from dbjax.optim.stale import StaleState as StaleState
+from dbjax.optim.stale import delay_gradients as delay_gradients
+from dbjax.optim.stale import stale as stale
+from dbjax.optim.stale import stale_params as stale_params

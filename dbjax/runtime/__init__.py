@@ -1,0 +1,1 @@
+"""Runtimes carry out what actors ask for: emulated, on threads; clocks live here."""

@@ -1,0 +1,37 @@
+"""Independent pieces of work, spread over this machine's cores and devices."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import jax
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+def spread(work: Callable[[T], U], items: Sequence[T]) -> list[U]:
+    """Apply `work` to each item, several at a time, item `i` on device `i mod devices`.
+
+    On CPU a small program keeps one core busy, and XLA runs one program at a time per
+    calling thread: so there is a thread a core. `work` must not use collectives.
+
+    Args:
+      work: called as `work(item)`, in any order.
+      items: the arguments.
+
+    Returns:
+      The results, in the items' order.
+    """
+    devices = jax.local_devices()
+    threads = max(len(devices), os.cpu_count() or 1)
+    if devices[0].platform != "cpu":
+        threads = len(devices)
+
+    def one(index: int) -> U:
+        with jax.default_device(devices[index % len(devices)]):
+            return jax.block_until_ready(work(items[index]))
+
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(one, range(len(items))))

@@ -1,0 +1,38 @@
+"""The rows of a live run's Trace."""
+
+import time
+from typing import Any
+
+COLUMNS = (
+    "kind", "time", "start", "replica", "shard", "step", "batch", "version", "base",
+    "count", "status", "bytes", "id",
+)  # fmt: skip
+
+
+class Recorder:
+    """Rows of the Trace, appended in causal order by whoever makes them."""
+
+    def __init__(self, offset: float = 0.0) -> None:
+        self.zero = time.perf_counter() - offset
+        self.rows: list[tuple[Any, ...]] = []
+        self.digests: list[tuple[int, int, int]] = []
+
+    def now(self) -> float:
+        """Seconds since the run began."""
+        return time.perf_counter() - self.zero
+
+    def add(
+        self, kind: int, replica: int, start: float, shard: int = -1, step: int = -1,
+        batch: int = -1, version: int = -1, base: int = -1, count: int = 0,
+        status: int = 0, nbytes: int = 0, id_: int = -1,
+    ) -> None:  # fmt: skip
+        """Append a row that ends now."""
+        self.rows.append(
+            (kind, self.now(), start, replica, shard, step, batch, version, base, count,
+             status, nbytes, id_)
+        )  # fmt: skip
+
+    def columns(self) -> dict[str, Any]:
+        """The rows as Trace columns."""
+        values = zip(*self.rows, strict=True) if self.rows else [[]] * len(COLUMNS)
+        return dict(zip(COLUMNS, map(list, values), strict=True))

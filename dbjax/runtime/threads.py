@@ -1,0 +1,382 @@
+"""Real asynchrony in one process: a thread a replica, a lock a shard, no polling.
+
+JAX releases the interpreter lock while it computes, so replicas use all cores. A push
+is handled in its replica's thread, under the shard's lock; only its dispatch is, the
+update itself runs behind. What happens is recorded in causal order.
+"""
+
+import contextlib
+import dataclasses
+import math
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+from dbjax.runtime.base import MOST_REJECTED, Program, RejectedTooOften
+from dbjax.runtime.live_shard import LiveShard, Snapshot
+from dbjax.runtime.recorder import Recorder
+from dbjax.server.messages import Fetched, Push
+from dbjax.server.shard import Shard, ShardState
+from dbjax.trace import COMPUTE, FAIL, FETCH, JOIN, LEAVE, PUSH
+from dbjax.typing import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Threads:
+    """Run replicas as threads of this process, on this machine's cores.
+
+    Attributes:
+      digest_every: every so many versions a shard's parameters are checksummed into the
+        Trace, so that `replay(verify=True)` can name the first divergence; 0 for never.
+      jitter: seconds; each request first waits a random time of up to this much, to try
+        out other orders.
+      seed: seed of the jitter.
+
+    >>> Threads().digest_every
+    100
+    """
+
+    digest_every: int = 100
+    jitter: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.digest_every < 0:
+            raise ValueError(
+                f"digest_every must be at least 0, got {self.digest_every}"
+            )
+        if not 0 <= self.jitter < math.inf:
+            raise ValueError(f"jitter must be at least 0 seconds, got {self.jitter}")
+
+
+class ReplicaError(RuntimeError):
+    """A replica's thread has failed; the cause is chained."""
+
+
+class Hands(Protocol):
+    """What carries out a replica's requests on arrays; made by the algorithm."""
+
+    def install(self, fetched: list[Fetched]) -> None:
+        """Take the shards' parameters: they replace the replica's own."""
+        ...
+
+    def compute(self, batch: int, step: int) -> None:
+        """Add the gradient of minibatch `batch` to the accrued gradients."""
+        ...
+
+    def push(self, id_: int, step: int) -> list[Push]:
+        """Give the accrued gradients away, a message a shard, and zero them."""
+        ...
+
+    def count(self) -> int:
+        """How many gradients are accrued."""
+        ...
+
+
+class Crew:
+    """A running crew of replica threads and their shards.
+
+    Args:
+      program: the algorithm: its actor, periods and ticket desk.
+      hands: `hands(replica)` carries out that replica's requests on arrays.
+      shard: the shard's functions; `states` and `shard_bytes` one a shard.
+      runtime: the `Threads` settings.
+      digest: checksum of a shard's parameters.
+      batches, ids: where each replica's minibatches and pushes go on (after a resume).
+      recorder: the Trace so far.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        hands: Callable[[int], Hands],
+        shard: Shard,
+        states: list[ShardState],
+        shard_bytes: tuple[int, ...],
+        runtime: Threads,
+        digest: Callable[[Params], int],
+        recorder: Recorder,
+        batches: list[int],
+        ids: list[int],
+    ) -> None:
+        self.program, self.hands, self.runtime = program, hands, runtime
+        self.digest, self.recorder = digest, recorder
+        self.batches, self.ids = batches, ids
+        self.shards = [
+            LiveShard(i, shard, state, nbytes)
+            for i, (state, nbytes) in enumerate(zip(states, shard_bytes, strict=True))
+        ]
+        self.events: queue.Queue[tuple[str, Any]] = queue.Queue()
+        self.change = threading.Condition()
+        self.alive = self.still = 0
+        self.paused = self.stopped = False
+        self.marks: dict[str, int] = {}
+        self.in_a_row = 0
+        self.threads: list[threading.Thread] = []
+
+    # What the driver does.
+
+    @contextlib.contextmanager
+    def running(self, marks: dict[str, int]) -> Iterator[None]:
+        """Start the replicas; on leaving, they have stopped, whatever happened.
+
+        `marks`: an event of this name is sent each time so many more minibatches are
+        done.
+        """
+        self.marks = marks
+        self.alive = self.program.replicas
+        for r in range(self.program.replicas):
+            self.program.tickets.enter(r)
+        self.threads = [
+            threading.Thread(
+                target=self._live, args=(r,), name=f"replica-{r}", daemon=True
+            )
+            for r in range(self.program.replicas)
+        ]
+        try:
+            for thread in self.threads:
+                thread.start()
+            yield
+        finally:
+            self.stop()
+            for thread in self.threads:
+                if thread.ident is not None:  # started
+                    thread.join()
+
+    def stop(self) -> None:
+        """No more tickets: replicas push what they have accrued, and leave."""
+        with self.change:
+            self.stopped, self.paused = True, False
+            self.change.notify_all()
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Hold everything still: all is pushed, nothing is in flight."""
+        with self.change:
+            self.paused = True
+            self.change.notify_all()
+            self.change.wait_for(lambda: self.still == self.alive)
+        try:
+            yield
+        finally:
+            with self.change:
+                self.paused = False
+                self.change.notify_all()
+
+    def snapshot(self, step: int) -> Snapshot:
+        """Hold the newest versions of all shards."""
+        who = object()
+        states = tuple(shard.hold(who) for shard in self.shards)
+
+        def release() -> None:
+            for shard in self.shards:
+                shard.release(who)
+
+        return Snapshot(step, self.recorder.now(), states, release)
+
+    # What a replica's thread does.
+
+    def _live(self, replica: int) -> None:
+        courier = ThreadPoolExecutor(1) if self.program.periods.overlap else None
+        life = _Life(self, replica, courier)
+        try:
+            life.run()
+        except BaseException as error:
+            now, step = self.recorder.now(), life.newest
+            # What it had accrued goes with it, and is counted.
+            self.recorder.add(FAIL, replica, now, step=step, count=life.hands.count())
+            self.events.put(("error", (replica, step, error)))
+            self.stop()
+        finally:
+            if courier is not None:
+                courier.shutdown()
+            with self.change:
+                self.program.tickets.leave(replica)
+                self.alive -= 1
+                self.change.notify_all()
+            self.events.put(("left", replica))
+
+    def ticket(self, replica: int, flush: Callable[[], None]) -> int | None:
+        """Wait for a ticket; `flush` comes first where the crew is to fall quiet."""
+        tickets = self.program.tickets
+        while True:
+            with self.change:
+                while not self.paused:
+                    step = None if self.stopped else tickets.ask(replica)
+                    if step is None or step >= 0:
+                        return step
+                    self.change.wait()
+            flush()
+            with self.change:
+                self.still += 1
+                self.change.notify_all()
+                self.change.wait_for(lambda: not self.paused)
+                self.still -= 1
+
+    def done(self, replica: int) -> None:
+        """A minibatch is finished: tell the desk, and the driver where it asked."""
+        with self.change:
+            self.program.tickets.done(replica)
+            finished = self.program.tickets.finished
+            self.change.notify_all()
+            # Under the lock, so that the driver hears of minibatches in order.
+            for name, every in self.marks.items():
+                if every and finished % every == 0:
+                    self.events.put((name, self.snapshot(finished)))
+
+    def push(self, replica: int, step: int, messages: list[Push], count: int) -> None:
+        """Hand a push to every shard."""
+        add, start = self.recorder.add, self.recorder.now()
+        protocol, clocks = self.program.tickets.protocol, self.program.tickets.clocks
+
+        def takes(staleness: int) -> bool:
+            return protocol.free_running or protocol.takes(clocks, replica, staleness)
+
+        for shard, message in zip(self.shards, messages, strict=True):
+
+            def record(
+                version: int, status: int, shard: LiveShard = shard, id_: int =
+                  message.id,
+                base: int = message.base,
+            ) -> None:  # fmt: skip
+                add(PUSH, replica, start, shard.index, step, -1, version, base, count,
+                    status, shard.nbytes, id_)  # fmt: skip
+
+            version = shard.push(message, takes, record)
+            every = self.runtime.digest_every
+            if every and version % every == 0:
+                self._digest(shard)
+        self.in_a_row = 0 if messages[0].taken else self.in_a_row + 1
+        if self.in_a_row >= MOST_REJECTED:
+            raise RejectedTooOften(self.in_a_row, replica, step)
+
+    def _digest(self, shard: LiveShard) -> None:
+        who = object()
+        state = shard.hold(who)
+        seen = shard.index, state.version, self.digest(state.params)
+        self.recorder.digests.append(seen)
+        shard.release(who)
+
+
+class _Life:
+    """One replica's life: carry out what its actor asks for, in order."""
+
+    def __init__(
+        self, crew: Crew, replica: int, courier: ThreadPoolExecutor | None
+    ) -> None:
+        self.crew, self.replica, self.courier = crew, replica, courier
+        self.hands = crew.hands(replica)
+        program = crew.program
+        self.state = program.begin(program.state._replace(batch=crew.batches[replica]))
+        self.away: list[Future[None]] = []
+        self.landed: tuple[int, float, list[Fetched]] | None = None
+        self.random = random.Random(f"{crew.runtime.seed} {replica}")
+        self.newest, self.turn = -1, 0
+
+    def run(self) -> None:
+        """Live, to the last push."""
+        crew, program, replica = self.crew, self.crew.program, self.replica
+        words = program.requests
+        crew.recorder.add(JOIN, replica, crew.recorder.now())
+        pushed_batch = crew.batches[replica]
+        while self.state.asked != words.stop:
+            asked, ticket = self.state.asked, None
+            if crew.runtime.jitter:
+                time.sleep(self.random.random() * crew.runtime.jitter)
+            if asked == words.ticket:
+                if self.state.batch > pushed_batch:
+                    pushed_batch = self.state.batch
+                    if not program.tickets.protocol.free_running:
+                        self._wait()
+                    crew.done(replica)
+                ticket = crew.ticket(replica, self._flush)
+                if ticket is not None:
+                    self.newest = ticket
+            elif asked == words.fetch:
+                self._fetch()
+            elif asked == words.compute:
+                self._compute()
+            elif asked == words.push:
+                self._push()
+            self.state = program.advance(self.state, program.periods, ticket)
+        self._wait()
+        crew.recorder.add(LEAVE, replica, crew.recorder.now())
+        for shard in crew.shards:
+            shard.release((replica, self.turn))
+
+    def _fetch(self) -> None:
+        step, start = self.state.step, self.crew.recorder.now()
+        if self.courier is None or self.state.fresh:
+            self._wait()
+            self._land(step, start, self._ask())
+            return
+
+        def fetch() -> None:
+            self.landed = step, start, self._ask()
+
+        self._install()
+        self.away.append(self.courier.submit(fetch))
+
+    def _ask(self) -> list[Fetched]:
+        # Beside the version in use, which is let go when this one takes its place.
+        who = (self.replica, self.turn + 1)
+        states = [shard.hold(who) for shard in self.crew.shards]
+        return [Fetched(state.params, state.version) for state in states]
+
+    def _land(self, step: int, start: float, fetched: list[Fetched]) -> None:
+        self.hands.install(fetched)
+        for shard, answer in zip(self.crew.shards, fetched, strict=True):
+            shard.release((self.replica, self.turn))
+            self.crew.recorder.add(
+                FETCH, self.replica, start, shard.index, step, version=answer.version,
+                nbytes=shard.nbytes,
+            )  # fmt: skip
+        self.turn += 1
+
+    def _install(self) -> None:
+        """Install a fetch that has come back."""
+        if all(future.done() for future in self.away):
+            self._wait()
+
+    def _wait(self) -> None:
+        """Wait for the exchange under way, and install what it brought."""
+        for future in self.away:
+            future.result()
+        self.away = []
+        if self.landed is not None:
+            landed, self.landed = self.landed, None
+            self._land(*landed)
+
+    def _compute(self) -> None:
+        if self.away:
+            self._install()
+        state, start = self.state, self.crew.recorder.now()
+        self.hands.compute(state.batch, state.step)
+        self.crew.batches[self.replica] = state.batch + 1
+        self.crew.recorder.add(
+            COMPUTE, self.replica, start, step=state.step, batch=state.batch
+        )
+
+    def _push(self) -> None:
+        crew, replica, step = self.crew, self.replica, self.newest
+        self._wait()
+        id_, count = crew.ids[replica], self.hands.count()
+        crew.ids[replica] += 1
+        messages = self.hands.push(id_, step)
+        if self.courier is None:
+            crew.push(replica, step, messages, count)
+        else:
+            self.away.append(
+                self.courier.submit(crew.push, replica, step, messages, count)
+            )
+
+    def _flush(self) -> None:
+        """Push what is accrued, before everything is held still."""
+        if self.hands.count():
+            self._push()
+            self.state = self.state._replace(accrued=0)
+        self._wait()

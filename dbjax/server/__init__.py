@@ -1,0 +1,1 @@
+"""The parameter server: layout (pytree <-> shards), messages, shard; no I/O."""

@@ -1,0 +1,183 @@
+"""Traces that no run of ours recorded: from delays, and from events of any order."""
+
+import heapq
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dbjax.trace import groups
+from dbjax.trace.columns import COMPUTE, FAIL, FETCH, JOIN, LEAVE, PUSH, RESTART
+
+if TYPE_CHECKING:
+    from dbjax.trace.table import Trace
+
+# Which comes first of a replica's events that the clock cannot tell apart.
+_TURN = (JOIN, RESTART, FETCH, COMPUTE, PUSH, FAIL, LEAVE)
+
+
+def delay_columns(delays: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns header and columns of a run whose push `t` has staleness `delays[t]`.
+
+    Gradient `t` is one fetch of version `t - delays[t]`, one minibatch and one push.
+    """
+    delays = _checked_delays(delays)
+    steps = np.arange(len(delays))
+    base = steps - delays
+    order = np.argsort(base, kind="stable")  # gradients, in the order of their fetches
+    fetched = base[order]
+    # At version v stand the fetches of v, then minibatch v and its push.
+    waiting = np.searchsorted(fetched, steps, side="right")
+    replicas = int((waiting - steps).max())
+    replica = _assign(order, replicas)
+    own = groups.running_sum((replica,), np.ones_like(steps)) - 1
+    fetch, compute = steps + 2 * fetched, waiting + 2 * steps
+    push = compute + 1
+
+    def column(at_fetch, at_compute, at_push, dtype=np.int64):
+        values = np.empty(3 * len(steps), dtype)
+        values[fetch], values[compute], values[push] = at_fetch, at_compute, at_push
+        return values
+
+    header = {
+        "replicas": replicas,
+        "shards": 1,
+        "steps": len(steps),
+        "n_fetch": 1,
+        "n_push": 1,
+        "overlap": False,
+        "warmstart_steps": 0,
+        "protocol": "delays",
+    }
+    return header, {
+        "kind": column(FETCH, COMPUTE, PUSH, np.uint8),
+        "time": column(fetched, steps + 1, steps + 1, np.float64),
+        "start": column(fetched, base, steps + 1, np.float64),
+        "replica": column(replica[order], replica, replica, np.int32),
+        "shard": column(0, -1, 0, np.int32),
+        "step": column(order, steps, steps),
+        "batch": column(-1, own, -1),
+        "version": column(fetched, -1, steps + 1),
+        "base": column(-1, -1, base),
+        "count": column(0, 0, 1, np.int32),
+        "id": column(-1, -1, own),
+    }
+
+
+def _checked_delays(delays: Any) -> np.ndarray:
+    delays = np.asarray(delays)
+    if delays.ndim != 1 or not len(delays) or delays.dtype.kind not in "iu":
+        raise ValueError(
+            "delays must be an int array [steps] with at least one step, not "
+            f"{delays.dtype} of shape {delays.shape}"
+        )
+    wrong = (delays < 0) | (delays > np.arange(len(delays)))
+    if wrong.any():
+        step = int(wrong.argmax())
+        raise ValueError(
+            f"delays[{step}] is {delays[step]}; it must be from 0 to {step}, the "
+            "number of updates before that step"
+        )
+    return delays.astype(np.int64)
+
+
+def _assign(order: np.ndarray, replicas: int) -> np.ndarray:
+    """Gives each gradient `[n]` the replica that has been free for longest."""
+    # Pushes free replicas in the order 0, 1, 2, ..., so the k-th fetch goes to the
+    # replica that pushed gradient k - replicas: a first-in-first-out queue.
+    replica = [0] * len(order)
+    for k, gradient in enumerate(order.tolist()):
+        replica[gradient] = k if k < replicas else replica[k - replicas]
+    return np.asarray(replica, np.int64)
+
+
+def causal_order(trace: "Trace") -> np.ndarray:
+    """Returns the order `[rows]`, nearest to the clock, in which rows can have been.
+
+    Raises:
+        ValueError: if there is none, because events wait for one another in a circle.
+    """
+    before, after = _dependencies(trace)
+    rows = len(trace)
+    by_cause = np.argsort(before, kind="stable")
+    effects = after[by_cause].tolist()
+    ends = np.cumsum(np.bincount(before, minlength=rows)).tolist()
+    missing = np.bincount(after, minlength=rows).tolist()
+    time = trace.time.tolist()
+    ready = [(time[row], row) for row in range(rows) if not missing[row]]
+    heapq.heapify(ready)
+    order = []
+    while ready:
+        _, row = heapq.heappop(ready)
+        order.append(row)
+        for effect in effects[ends[row - 1] if row else 0 : ends[row]]:
+            missing[effect] -= 1
+            if not missing[effect]:
+                heapq.heappush(ready, (time[effect], effect))
+    if len(order) < rows:
+        stuck = next(row for row in range(rows) if missing[row])
+        raise ValueError(
+            f"the events have no causal order: row {stuck} waits for itself by way of "
+            "others; look at its version, replica and time"
+        )
+    return np.asarray(order, np.int64)
+
+
+def _dependencies(trace: "Trace") -> tuple[np.ndarray, np.ndarray]:
+    """Returns which row must come before which, both `[n]`."""
+    edges = []
+
+    def chain(rows, group, *keys):
+        """Within a group, rows go one after another by the keys, first key first."""
+        rows = rows[np.lexsort([key[rows] for key in (*keys[::-1], *group[::-1])])]
+        same = np.ones(max(len(rows) - 1, 0), bool)
+        for key in group:
+            same &= key[rows[1:]] == key[rows[:-1]]
+        edges.append((rows[:-1][same], rows[1:][same]))
+
+    pushing = trace.kind == PUSH
+    pushes, others = np.flatnonzero(pushing), np.flatnonzero(~pushing)
+    place = np.arange(len(trace))
+    turn = np.argsort(_TURN)[trace.kind]
+    # A replica has one clock of its own, and a shard counts versions.
+    chain(others, (trace.replica,), trace.time, trace.start, turn, place)
+    chain(pushes, (trace.shard, trace.incarnation), trace.version)
+    chain(pushes, (trace.replica, trace.shard), trace.id)
+    state = trace.shard, trace.incarnation, trace.version
+    fetches = np.flatnonzero(trace.kind == FETCH)
+    edges.append(_match(state, pushes, fetches))
+    restarts = np.flatnonzero((trace.kind == RESTART) & (trace.shard >= 0))
+    edges.append(_match(state[:2], restarts, pushes))
+    computes = np.flatnonzero(trace.kind == COMPUTE)
+    ticketed = pushes[trace.step[pushes] >= 0]
+    edges.append(_match((trace.replica, trace.step), computes, ticketed))
+    edges.append(_computed(trace, computes, pushes))
+    before, after = zip(*edges, strict=True)
+    return np.concatenate(before), np.concatenate(after)
+
+
+def _match(keys: tuple[np.ndarray, ...], causes: np.ndarray, effects: np.ndarray):
+    """Pairs each effect with the cause of the same keys, where there is one."""
+    rows = np.concatenate([causes, effects])
+    key = groups.combine(tuple(key[rows] for key in keys))
+    number = np.unique(key, return_inverse=True)[1]
+    cause = np.full(len(rows), -1, np.int64)
+    cause[number[: len(causes)]] = causes
+    found = cause[number[len(causes) :]]
+    return found[found >= 0], effects[found >= 0]
+
+
+def _computed(trace: "Trace", computes: np.ndarray, pushes: np.ndarray):
+    """A push comes after as many minibatches as its replica has pushed by then."""
+    if not len(computes) or not len(pushes):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    computes = computes[np.lexsort((trace.batch[computes], trace.replica[computes]))]
+    begin = np.searchsorted(trace.replica[computes], trace.replica[pushes])
+    end = np.searchsorted(trace.replica[computes], trace.replica[pushes], "right")
+    pushes_order = np.argsort(trace.id[pushes], kind="stable")
+    summed = np.empty(len(pushes), np.int64)
+    ordered = pushes[pushes_order]
+    keys = trace.replica[ordered], trace.shard[ordered]
+    summed[pushes_order] = groups.running_sum(keys, trace.count[ordered])
+    last = begin + summed - 1
+    there = (summed > 0) & (last < end)
+    return computes[last[there]], pushes[there]

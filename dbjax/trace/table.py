@@ -1,0 +1,252 @@
+"""The Trace itself: a frozen struct of arrays, one row per event."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dbjax.trace import checks, compare, making, perfetto, statistics, storage
+from dbjax.trace import columns as columns_lib
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trace:
+    """What a run did, one row per event, in a causal order.
+
+    The order of the rows is what replay follows; times are for pictures and
+    statistics. `-1` says "none". A row of kind `FETCH` stands where the fetch landed
+    (its `step` is the ticket it was asked for); the `PUSH` rows of one push, one per
+    shard, share `(replica, id)`.
+
+    Attributes:
+        kind: `[rows]` uint8: FETCH, COMPUTE, PUSH, JOIN, FAIL, RESTART, LEAVE.
+        time: `[rows]` float64: when the event ended.
+        start: `[rows]` float64: when it began.
+        replica: `[rows]` int32.
+        shard: `[rows]` int32.
+        step: `[rows]` int64: the ticket.
+        batch: `[rows]` int64: COMPUTE: the replica's own minibatch index.
+        version: `[rows]` int64: FETCH: the version received; PUSH: the shard's
+            version after it.
+        base: `[rows]` int64: PUSH: the shard's version that its oldest gradient was
+            computed on.
+        count: `[rows]` int32: PUSH: gradients summed; FAIL: gradients lost.
+        status: `[rows]` uint8: TAKEN, NOT_FINITE, DROPPED (each counts a version).
+        incarnation: `[rows]` int32: of the shard.
+        bytes: `[rows]` int64: size of the message.
+        id: `[rows]` int64: PUSH: the replica's own push counter.
+        digest: `[rows]` uint64: of the shard's parameters after the event, 0 if none.
+        header: what was run; JSON-able, with `schema`, `replicas` and `shards`.
+        evaluations: JSON-able dicts with `step`, `time` and scalars.
+    """
+
+    kind: np.ndarray
+    time: np.ndarray
+    start: np.ndarray
+    replica: np.ndarray
+    shard: np.ndarray
+    step: np.ndarray
+    batch: np.ndarray
+    version: np.ndarray
+    base: np.ndarray
+    count: np.ndarray
+    status: np.ndarray
+    incarnation: np.ndarray
+    bytes: np.ndarray
+    id: np.ndarray
+    digest: np.ndarray
+    header: dict[str, Any]
+    evaluations: tuple[dict[str, Any], ...] = ()
+
+    def __post_init__(self):
+        """Checks the form of columns and header; `validate` checks their sense."""
+        columns_lib.check_columns(list(self.columns().values()))
+        columns_lib.check_header(self.header)
+
+    def __len__(self) -> int:
+        """Counts the rows."""
+        return len(self.kind)
+
+    def __repr__(self) -> str:
+        """Says how much there is, not what."""
+        return (
+            f"Trace({len(self)} rows, {self.header['replicas']} replicas, "
+            f"{self.header['shards']} shards)"
+        )
+
+    def columns(self) -> dict[str, Any]:
+        """The columns by name, in the order of the attributes."""
+        return {name: getattr(self, name) for name in columns_lib.COLUMNS}
+
+    @classmethod
+    def from_columns(
+        cls,
+        header: Mapping[str, Any],
+        evaluations: Sequence[Mapping[str, Any]] = (),
+        **columns: Any,
+    ) -> "Trace":
+        """Builds a Trace from rows that already stand in a causal order.
+
+        Args:
+            header: `replicas`, `shards` and more; `schema` is filled in.
+            evaluations: dicts with `step`, `time` and scalars.
+            **columns: arrays `[rows]` or, for a constant column, a scalar. `kind` is
+                needed; others default to "none", and `start` to `time`.
+
+        Returns:
+            The Trace, its columns cast to their dtypes. It is not validated.
+
+        Raises:
+            ValueError: for columns or a header that cannot be one.
+        """
+        return cls(
+            **columns_lib.complete(columns),
+            header={"schema": columns_lib.SCHEMA, **header},
+            evaluations=tuple(dict(each) for each in evaluations),
+        )
+
+    def take(self, indices: Any) -> "Trace":
+        """The Trace of some rows: a slice, an index array `[n]` or a mask `[rows]`."""
+        rows = {name: values[indices] for name, values in self.columns().items()}
+        return dataclasses.replace(self, **rows)
+
+    @classmethod
+    def from_delays(cls, delays: Any) -> "Trace":
+        """The Trace of a run with given staleness, one replica per gradient in flight.
+
+        Step `t`'s gradient is computed on the version `delays[t]` updates before.
+
+        Args:
+            delays: int array `[steps]`, `0 <= delays[t] <= t`.
+
+        Returns:
+            A Trace of one shard whose `staleness()[:, 0]` is `delays`.
+
+        Raises:
+            ValueError: naming the step whose delay is not possible.
+
+        Examples:
+            >>> Trace.from_delays([0, 1, 1]).staleness()[:, 0]
+            array([0, 1, 1])
+        """
+        header, columns = making.delay_columns(delays)
+        return cls.from_columns(header, **columns)
+
+    @classmethod
+    def from_events(
+        cls,
+        header: Mapping[str, Any],
+        evaluations: Sequence[Mapping[str, Any]] = (),
+        **columns: Any,
+    ) -> "Trace":
+        """Builds a Trace from events in any order, such as logs of several machines.
+
+        Rows are put in a causal order: by the version and push names where these
+        decide, on one replica by its clock, and else by time.
+
+        Args:
+            header: `replicas`, `shards` and more.
+            evaluations: dicts with `step`, `time` and scalars.
+            **columns: as for `from_columns`.
+
+        Returns:
+            The Trace, valid.
+
+        Raises:
+            ValueError: if the events cannot have happened in any order.
+        """
+        events = cls.from_columns(header, evaluations, **columns)
+        checks.check_ranges(events)
+        trace = events.take(making.causal_order(events))
+        trace.validate()
+        return trace
+
+    def validate(self) -> None:
+        """Raises ValueError naming the first row that cannot have happened there.
+
+        Values are in range; the pushes of a (shard, incarnation) make versions 1, 2,
+        3, ...; a fetch of a version comes after the push that made it; a push is based
+        on a version before its own, its ids go up per (replica, shard), and it sums no
+        more gradients than its replica has computed; minibatches do not go backwards.
+        """
+        checks.check_ranges(self)
+        checks.check_order(self)
+
+    def diff(self, other: "Trace") -> str | None:
+        """Names the first row and its columns that differ from `other`'s.
+
+        The first header key and evaluation that differ are named as well.
+
+        Returns:
+            A description, or None if the Traces are equal.
+        """
+        return compare.diff(self, other)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the Trace as an npz without pickle, under exactly this path."""
+        storage.save(path, self.columns(), self.header, self.evaluations)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Trace":
+        """Reads a Trace that `save` wrote.
+
+        Raises:
+            ValueError: for a file that is not a Trace, is a pickle, is truncated or
+                corrupted, has a newer schema or wrong columns.
+            FileNotFoundError: if there is none.
+        """
+        columns, header, evaluations = storage.load(path)
+        return cls(**columns, header=header, evaluations=evaluations)
+
+    def to_perfetto(
+        self, path: str | os.PathLike[str], *, seconds: float = 1.0
+    ) -> None:
+        """Writes trace event JSON, which opens in https://ui.perfetto.dev.
+
+        One track per replica shows fetch, compute and push, one per shard the pushes
+        it handled, with a counter of their staleness.
+
+        Args:
+            path: the file, gzipped where its name ends in `.gz`.
+            seconds: how long one unit of the Trace's time is.
+        """
+        perfetto.write(self, path, seconds)
+
+    def staleness(self) -> np.ndarray:
+        """Updates that each push missed on each shard, int64 `[pushes, shards]`.
+
+        An entry is the shard's version when the push arrived minus the version that
+        its oldest gradient was computed on; -1 where the shard never saw the push.
+        Pushes stand in the order of their first PUSH row.
+        """
+        return statistics.staleness(self)
+
+    def duration(self) -> float:
+        """Time from the first start to the last end; 0 for an empty Trace."""
+        return statistics.duration(self)
+
+    def utilisation(self) -> np.ndarray:
+        """Share of the run that each replica spent computing, `[replicas]`."""
+        return statistics.utilisation(self)
+
+    def throughput(self) -> float:
+        """Minibatches of all replicas per unit of time; 0 where no time passed."""
+        return statistics.throughput(self)
+
+    def minibatches_per_replica(self) -> np.ndarray:
+        """Minibatches computed by each replica, int64 `[replicas]`."""
+        return statistics.minibatches(self)
+
+    def samples_per_replica(self) -> np.ndarray:
+        """Examples seen by each replica, `[replicas]`; needs `header["batch_size"]`."""
+        return statistics.samples(self)
+
+    def lost(self) -> dict[str, int]:
+        """Counts `gradients` lost in failures, and pushes `not_finite`, `dropped`."""
+        return statistics.lost(self)
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of the run in one JSON-able dict."""
+        return statistics.summary(self)

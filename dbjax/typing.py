@@ -1,0 +1,27 @@
+"""The words every room uses; no behaviour lives here."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeAlias
+
+import jax
+import numpy as np
+
+Array: TypeAlias = jax.Array | np.ndarray
+Params: TypeAlias = Any
+"""Any pytree of float arrays."""
+Gradients: TypeAlias = Any
+"""A pytree like the parameters it belongs to."""
+Batch: TypeAlias = Any
+"""Any pytree of arrays; all batches of a run have the same shapes."""
+LossFn: TypeAlias = Callable[..., Any]
+"""`loss_fn(params, batch) -> scalar`, the mean over the batch."""
+EvalFn: TypeAlias = Callable[[Params, int, float], Mapping[str, float]]
+"""`eval_fn(params, step, time) -> {name: scalar}`."""
+
+
+class Data(Protocol):
+    """What training asks of data: the same arguments, the same batch, everywhere."""
+
+    def batch(self, replica: int, step: int) -> Batch:
+        """Give the `step`-th minibatch of `replica`'s own stream."""
+        ...

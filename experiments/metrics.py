@@ -1,0 +1,161 @@
+"""One writer for all that is measured: JSON lines, TensorBoard, and the console.
+
+`metrics.jsonl` holds one object a line: method, step, time (the run's own clock, in
+seconds), examples, wall (seconds since this process started the method), and scalars.
+"""
+
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rich.console
+import rich.progress
+
+try:
+    from tensorboardX import SummaryWriter
+except ImportError:  # An extra: without it there are just no event files.
+    SummaryWriter = None
+
+
+class Writer:
+    """Writes what `method` measures below `workdir`, and shows how far it is.
+
+    A resumed run repeats the steps since its last checkpoint. What an earlier process
+    wrote about them is replaced, so every (method, step) stands in the file once.
+
+    Args:
+      workdir: the run's folder.
+      method: whose numbers these are; its events go to the folder of that name.
+      steps: minibatches in the whole run, for the progress bar.
+      batch_size: examples in a minibatch.
+      console: where to show progress: a bar on a terminal, a few lines elsewhere.
+    """
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        method: str,
+        *,
+        steps: int,
+        batch_size: int,
+        console: rich.console.Console,
+    ):
+        """Look at what is there; nothing is shown before `with`."""
+        self._path = workdir / "metrics.jsonl"
+        self._folder = workdir / method
+        self._method, self._steps, self._batch_size = method, steps, batch_size
+        self._begin = time.perf_counter()
+        self._events = None
+        rows = read(self._path)
+        _rewrite(self._path, rows)  # without a line that was torn by a kill
+        self._last_step = max(
+            (row["step"] for row in rows if row["method"] == method), default=-1
+        )
+        self._console = console
+        self._tenths = -1
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description:>10}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TextColumn("{task.fields[scores]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(method, total=steps, scores="")
+
+    def __enter__(self) -> "Writer":
+        """Start the progress bar."""
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Stop the bar and close the event file."""
+        self._bar.stop()
+        if self._events is not None:
+            self._events.close()
+
+    def write(self, step: int, seconds: float, scalars: Mapping[str, float]) -> None:
+        """Write one evaluation everywhere; it is on disk when this returns.
+
+        Args:
+          step: minibatches processed so far.
+          seconds: the run's own clock.
+          scalars: what was measured.
+        """
+        row = {
+            "method": self._method,
+            "step": int(step),
+            "time": float(seconds),
+            "examples": int(step) * self._batch_size,
+            "wall": round(time.perf_counter() - self._begin, 3),
+            **{name: _finite(value) for name, value in scalars.items()},
+        }
+        self._append(row)
+        self._write_events(row, scalars)
+        self._show(row)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        if row["step"] <= self._last_step:
+            kept = [
+                old
+                for old in read(self._path)
+                if old["method"] != self._method or old["step"] < row["step"]
+            ]
+            _rewrite(self._path, kept)
+        self._last_step = row["step"]
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _write_events(self, row: dict[str, Any], scalars: Mapping[str, float]) -> None:
+        if SummaryWriter is None:
+            return
+        if self._events is None:
+            self._events = SummaryWriter(str(self._folder), purge_step=row["step"])
+        for name in ("time", "wall", *scalars):
+            self._events.add_scalar(name, {**row, **scalars}[name], row["step"])
+        self._events.flush()
+
+    def _show(self, row: dict[str, Any]) -> None:
+        scores = f"test accuracy {row['test_accuracy']:.1%}"
+        self._bar.update(self._task, completed=row["step"], scores=scores)
+        tenths = 10 * row["step"] // self._steps
+        if not self._console.is_terminal and tenths > self._tenths:
+            self._tenths = tenths
+            self._console.print(
+                f"{self._method} {row['step']:,} of {self._steps:,}: {scores}"
+            )
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Read all whole lines; a last one that a killed process left torn is skipped."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def replace(path: pathlib.Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def _rewrite(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    if rows or path.exists():
+        replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows no NaN: what is not finite is null there."""
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,265 @@
+"""What is trained, by name: a loss, its data, first parameters and a held-out test.
+
+To add a workload, write a function that returns a `Workload` and add it to `WORKLOADS`;
+its keyword arguments are what `config.workload` may hold.
+"""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+import dbjax
+from dbjax.typing import Batch, Data, LossFn, Params
+from experiments import registry, streams
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A problem to train.
+
+    Attributes:
+      name: as in the config.
+      about: one line on the data and the model.
+      init: `init(seed) -> params`.
+      loss: `loss(params, batch) -> scalar`, the mean over the batch.
+      data: gives `batch(replica, step)`.
+      batch_size: examples in one minibatch.
+      evaluate: `evaluate(params) -> {"test_loss", "test_accuracy", ...}`, on data that
+        is never trained on.
+    """
+
+    name: str
+    about: str
+    init: Callable[[int], Params]
+    loss: LossFn
+    data: Data
+    batch_size: int
+    evaluate: Callable[[Params], dict[str, float]]
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the parameters hold."""
+        leaves = jax.tree.leaves(jax.eval_shape(self.init, 0))
+        return sum(math.prod(leaf.shape) for leaf in leaves)
+
+    def describe(self) -> str:
+        """Say in one line what is trained."""
+        return (
+            f"{self.name}: {self.about}; {self.num_parameters:,} parameters, "
+            f"minibatches of {self.batch_size}"
+        )
+
+
+def digits(
+    *,
+    seed: int,
+    batch_size: int = 32,
+    hidden: Sequence[int] = (128,),
+    shift: float = 0.75,
+    rotation: float = 12.0,
+    zoom: float = 0.12,
+    noise: float = 0.1,
+) -> Workload:
+    """Handwritten digits: 1,797 real images of 8 x 8 pixels, from scikit-learn.
+
+    Training sees an endless stream of moved, turned and noisy versions of 1,300 of
+    them; the other 497 are the test, the same for every seed, and stay as they are.
+    """
+    from sklearn import datasets
+
+    bunch = datasets.load_digits()
+    images = (bunch.images / 16).astype(np.float32)
+    labels = bunch.target.astype(np.int32)
+    train, test = _split(len(labels), held_out=497)
+    data = streams.AugmentedImages(
+        images[train],
+        labels[train],
+        batch_size,
+        seed=seed,
+        shift=shift,
+        rotation=rotation,
+        zoom=zoom,
+        noise=noise,
+    )
+    sizes = (64, *hidden, 10)
+    network = _Network(sizes, jax.nn.relu, inputs="image", labels="label")
+    flat = images.reshape(-1, 64) - data.mean
+    return Workload(
+        "digits",
+        f"8 x 8 images, augmented without end, network {_arrows(sizes)}",
+        network.init,
+        network.loss,
+        data,
+        batch_size,
+        _evaluation(
+            network.scores,
+            test={"image": flat[test], "label": labels[test]},
+            train={"image": flat[train], "label": labels[train]},
+        ),
+    )
+
+
+def breast_cancer(
+    *,
+    seed: int,
+    batch_size: int = 16,
+    l2: float = 1e-3,
+) -> Workload:
+    """Logistic regression on 569 tumours with 30 measurements each, standardised."""
+    from sklearn import datasets
+
+    bunch = datasets.load_breast_cancer()
+    train, test = _split(len(bunch.target), held_out=169)
+    mean, deviation = bunch.data[train].mean(0), bunch.data[train].std(0)
+    features = ((bunch.data - mean) / deviation).astype(np.float32)
+    target = bunch.target.astype(np.int32)
+
+    def init(seed: int) -> Params:
+        del seed  # A convex problem: everybody starts at zero.
+        return {"weights": jnp.zeros(30), "bias": jnp.zeros(())}
+
+    def scores(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        logits = batch["features"] @ params["weights"] + params["bias"]
+        losses = optax.sigmoid_binary_cross_entropy(logits, batch["benign"])
+        return losses, (logits > 0) == batch["benign"]
+
+    def loss(params: Params, batch: Batch) -> jax.Array:
+        penalty = 0.5 * l2 * jnp.sum(params["weights"] ** 2)
+        return scores(params, batch)[0].mean() + penalty
+
+    def rows(which: np.ndarray) -> dict[str, np.ndarray]:
+        return {"features": features[which], "benign": target[which]}
+
+    return Workload(
+        "breast_cancer",
+        "30 measurements of a tumour, logistic regression",
+        init,
+        loss,
+        dbjax.from_arrays(rows(train), batch_size, seed=seed),
+        batch_size,
+        _evaluation(scores, test=rows(test), train=rows(train)),
+    )
+
+
+def speech_frames(
+    *,
+    seed: int,
+    batch_size: int = 64,
+    states: int = 64,
+    hidden: Sequence[int] = (256, 256),
+    noise: float = 2.0,
+    test_size: int = 2_000,
+) -> Workload:
+    """Frames of artificial speech: which of `states` hidden states is being spoken?
+
+    The input is that of Dean et al. 2012, section 5: 11 frames of 40 log-energies; with
+    `states=8192` and `hidden=(2560,) * 4` so is the network, of 42 million parameters.
+    """
+    data = streams.MarkovFrames(batch_size, states=states, seed=seed, noise=noise)
+    sizes = (data.window * data.features, *hidden, states)
+    network = _Network(sizes, jax.nn.sigmoid, inputs="frames", labels="state")
+    return Workload(
+        "speech_frames",
+        f"a generated stream of {data.window} x {data.features} frames from "
+        f"{states} hidden states, network {_arrows(sizes)}",
+        network.init,
+        network.loss,
+        data,
+        batch_size,
+        _evaluation(network.scores, test=data.held_out(test_size)),
+    )
+
+
+WORKLOADS: Mapping[str, Callable[..., Workload]] = {
+    "digits": digits,
+    "breast_cancer": breast_cancer,
+    "speech_frames": speech_frames,
+}
+
+
+def make(config: ml_collections.ConfigDict, seed: int) -> Workload:
+    """Build the workload that `config.name` asks for.
+
+    Args:
+      config: `name`, and any of that workload's own arguments.
+      seed: seeds the data stream.
+
+    Returns:
+      The workload.
+
+    Raises:
+      registry.ConfigError: if the name or an argument does not exist.
+    """
+    options = config.to_dict()
+    build = registry.choose("workload.name", options.pop("name"), WORKLOADS)
+    allowed = [name for name in inspect.signature(build).parameters if name != "seed"]
+    for name in options:
+        registry.choose("a key of workload", name, dict.fromkeys(allowed))
+    return build(seed=seed, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Network:
+    """A fully connected classifier with layers of `sizes`."""
+
+    sizes: tuple[int, ...]
+    activation: Callable[[jax.Array], jax.Array]
+    inputs: str
+    labels: str
+
+    def init(self, seed: int) -> Params:
+        keys = jax.random.split(jax.random.key(seed), len(self.sizes) - 1)
+        params = []
+        for key, n, m in zip(keys, self.sizes[:-1], self.sizes[1:], strict=True):
+            kernel = jax.random.normal(key, (n, m)) / math.sqrt(n)
+            params.append({"kernel": kernel, "bias": jnp.zeros(m)})
+        return params
+
+    def scores(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Give each example's loss, and whether it was classified rightly."""
+        x = batch[self.inputs]
+        for layer in params[:-1]:
+            x = self.activation(x @ layer["kernel"] + layer["bias"])
+        logits = x @ params[-1]["kernel"] + params[-1]["bias"]
+        labels = batch[self.labels]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses, logits.argmax(-1) == labels
+
+    def loss(self, params: Params, batch: Batch) -> jax.Array:
+        return self.scores(params, batch)[0].mean()
+
+
+def _evaluation(scores: Callable[..., Any], **splits: Batch) -> Callable[..., Any]:
+    """Make `evaluate(params)`: mean loss and accuracy on each of the splits."""
+
+    @jax.jit
+    def measure(params: Params, splits: Mapping[str, Batch]) -> dict[str, jax.Array]:
+        results = {}
+        for name, batch in splits.items():
+            losses, right = scores(params, batch)
+            results[f"{name}_loss"] = losses.mean()
+            results[f"{name}_accuracy"] = right.mean()
+        return results
+
+    def evaluate(params: Params) -> dict[str, float]:
+        return {name: float(value) for name, value in measure(params, splits).items()}
+
+    return evaluate
+
+
+def _split(count: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split `count` examples into training and test, always in the same way."""
+    order = np.random.Generator(np.random.Philox(2012)).permutation(count)
+    return order[held_out:], order[:held_out]
+
+
+def _arrows(sizes: Sequence[int]) -> str:
+    return "-".join(str(size) for size in sizes)

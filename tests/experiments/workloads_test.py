@@ -1,0 +1,87 @@
+import jax
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from experiments import registry, workloads
+
+SMALL = {
+    "digits": {"hidden": (16,), "batch_size": 8},
+    "breast_cancer": {"batch_size": 8},
+    "speech_frames": {"hidden": (8,), "states": 4, "test_size": 50, "batch_size": 8},
+}
+
+
+def small(name, seed=0):
+    return workloads.make(ConfigDict({"name": name, **SMALL[name]}), seed)
+
+
+def test_every_workload_is_tested():
+    assert set(SMALL) == set(workloads.WORKLOADS)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_few_steps_lower_the_loss(name):
+    workload = small(name)
+    params = workload.init(0)
+    first = workload.evaluate(params)
+    gradient = jax.jit(jax.grad(workload.loss))
+    for step in range(60):
+        slope = gradient(params, workload.data.batch(0, step))
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, slope)
+    last = workload.evaluate(params)
+    assert set(last) >= {"test_loss", "test_accuracy"}
+    assert last["test_loss"] < first["test_loss"]
+    assert 0 <= last["test_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_loss_is_a_mean_of_scalars_per_example(name):
+    workload = small(name)
+    params = workload.init(1)
+    batch = workload.data.batch(0, 0)
+    assert len(jax.tree.leaves(batch)[0]) == workload.batch_size
+    loss = workload.loss(params, batch)
+    assert loss.shape == () and loss.dtype == np.float32
+    doubled = jax.tree.map(lambda x: np.concatenate([x, x]), batch)
+    np.testing.assert_allclose(workload.loss(params, doubled), loss, rtol=1e-5)
+
+
+def test_the_test_split_is_the_same_for_every_seed_and_never_trained_on():
+    train, test = workloads._split(1797, 497)
+    assert len(test) == 497 and not set(train) & set(test)
+    params = small("digits").init(0)
+    measured = [small("digits", seed).evaluate(params) for seed in (0, 1)]
+    assert measured[0] == measured[1]
+
+
+def test_full_sizes_are_those_of_the_paper_and_the_readme():
+    assert workloads.digits(seed=0).num_parameters == 9_610
+    paper = workloads.speech_frames(
+        seed=0, states=8192, hidden=(2560,) * 4, test_size=1
+    )
+    assert paper.num_parameters == 41_777_152
+    assert "41,777,152 parameters" in paper.describe()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"name": "digit"}, "did you mean 'digits'"),
+        ({"name": "digits", "batchsize": 3}, "did you mean 'batch_size'"),
+    ],
+)
+def test_what_does_not_exist_names_the_nearest(options, words):
+    with pytest.raises(registry.ConfigError, match=words):
+        workloads.make(ConfigDict(options), 0)
+
+
+def test_breast_cancer_is_convex_and_starts_at_zero():
+    workload = small("breast_cancer")
+    zero = workload.init(7)
+    assert all(not leaf.any() for leaf in jax.tree.leaves(zero))
+    np.testing.assert_allclose(workload.evaluate(zero)["test_loss"], np.log(2), 1e-6)
+    # Its features are standardised, so a unit step size is of the right order.
+    norm = optax.tree.norm(jax.grad(workload.loss)(zero, workload.data.batch(0, 0)))
+    assert 0.1 < norm < 10

@@ -1,0 +1,417 @@
+import gzip
+import json
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+
+from dbjax import trace as trace_lib
+from dbjax.trace import COMPUTE, FAIL, FETCH, PUSH, Trace
+
+
+def two_shards() -> Trace:
+    """Two replicas, two shards, three pushes; replica 1 is behind, and loses one."""
+    rows = [
+        # kind, time, start, replica, shard, step, batch, version, base, count, id
+        (FETCH, 0.1, 0.0, 0, 0, 0, -1, 0, -1, 0, -1),
+        (FETCH, 0.1, 0.0, 0, 1, 0, -1, 0, -1, 0, -1),
+        (FETCH, 0.1, 0.0, 1, 0, 1, -1, 0, -1, 0, -1),
+        (FETCH, 0.1, 0.0, 1, 1, 1, -1, 0, -1, 0, -1),
+        (COMPUTE, 1.1, 0.1, 0, -1, 0, 0, -1, -1, 0, -1),
+        (COMPUTE, 1.6, 0.1, 1, -1, 1, 0, -1, -1, 0, -1),
+        (PUSH, 1.8, 1.7, 1, 1, 1, -1, 1, 0, 1, 0),
+        (PUSH, 1.9, 1.8, 0, 0, 0, -1, 1, 0, 1, 0),
+        (PUSH, 1.9, 1.8, 0, 1, 0, -1, 2, 0, 1, 0),
+        (PUSH, 2.0, 1.9, 1, 0, 1, -1, 2, 0, 1, 0),
+        (FETCH, 2.1, 2.0, 0, 0, 2, -1, 2, -1, 0, -1),
+        (FETCH, 2.1, 2.0, 0, 1, 2, -1, 1, -1, 0, -1),
+        (COMPUTE, 3.1, 2.1, 0, -1, 2, 1, -1, -1, 0, -1),
+        (PUSH, 3.3, 3.2, 0, 0, 2, -1, 3, 2, 1, 1),
+        (FAIL, 4.1, 4.1, 1, -1, -1, -1, -1, -1, 3, -1),
+    ]
+    names = "kind time start replica shard step batch version base count id".split()
+    columns = dict(zip(names, np.array(rows).T, strict=True))
+    return Trace.from_columns(
+        {"replicas": 2, "shards": 2, "batch_size": 16, "seed": 7},
+        [{"step": 2, "time": 2.0, "loss": 0.5}],
+        **columns,
+        bytes=40,
+    )
+
+
+def random_delays(seed: int, steps: int = 200, most: int = 9) -> np.ndarray:
+    draws = np.random.default_rng(seed).integers(0, most + 1, steps)
+    return np.minimum(draws, np.arange(steps))
+
+
+def test_missing_columns_hold_none():
+    trace = Trace.from_columns({"replicas": 1, "shards": 1}, kind=[COMPUTE], time=[2])
+    assert len(trace) == 1
+    assert trace.header["schema"] == trace_lib.SCHEMA
+    assert (trace.shard[0], trace.version[0], trace.digest[0]) == (-1, -1, 0)
+    assert trace.start[0] == 2
+    assert trace.time.dtype == np.float64 and trace.digest.dtype == np.uint64
+
+
+@pytest.mark.parametrize(
+    "columns, words",
+    [
+        ({}, "'kind' must be given"),
+        ({"kind": [0, 1], "replica": [0]}, "'kind' has 2 rows"),
+        ({"kind": [0], "worker": [0]}, "no column 'worker'"),
+        ({"kind": [0], "step": [0.5]}, "'step', row 0: 0.5 does not fit int64"),
+        ({"kind": [300]}, "'kind', row 0: 300 does not fit uint8"),
+        ({"kind": [0], "digest": [-1]}, "does not fit uint64"),
+        ({"kind": ["PUSH"]}, "must be numbers"),
+    ],
+)
+def test_bad_columns(columns, words):
+    with pytest.raises(ValueError, match=words):
+        Trace.from_columns({"replicas": 1, "shards": 1}, **columns)
+
+
+@pytest.mark.parametrize("header", [{"shards": 1}, {"replicas": 0, "shards": 1}])
+def test_bad_header(header):
+    with pytest.raises(ValueError, match=r"header\['replicas'\]"):
+        Trace.from_columns(header, kind=[COMPUTE])
+
+
+def test_take():
+    trace = two_shards()
+    assert trace.take(trace.kind == PUSH).version.tolist() == [1, 1, 2, 2, 3]
+    assert len(trace.take(slice(0, 4))) == len(trace.take([3, 2, 1, 0])) == 4
+
+
+def test_statistics():
+    trace = two_shards()
+    trace.validate()
+    assert trace.staleness().tolist() == [[1, 0], [0, 1], [0, -1]]
+    assert trace.minibatches_per_replica().tolist() == [2, 1]
+    assert trace.samples_per_replica().tolist() == [32, 16]
+    np.testing.assert_allclose(trace.utilisation(), np.array([2.0, 1.5]) / 4.1)
+    assert trace.throughput() == pytest.approx(3 / 4.1)
+    assert trace.lost() == {"gradients": 3, "not_finite": 0, "dropped": 0}
+    summary = json.loads(json.dumps(trace.summary()))
+    assert (summary["pushes"], summary["staleness_max"]) == (3, 1)
+
+
+def test_a_refused_push_counts_once():
+    trace = two_shards()
+    status = np.zeros(len(trace), int)
+    status[[6, 9]] = trace_lib.NOT_FINITE  # the push of replica 1, on both shards
+    status[8] = trace_lib.DROPPED
+    trace = Trace.from_columns(trace.header, **(trace.columns() | {"status": status}))
+    assert trace.lost() == {"gradients": 3, "not_finite": 1, "dropped": 1}
+
+
+def test_staleness_does_not_mind_sparse_ids():
+    trace = two_shards()
+    sparse = np.where(trace.id >= 0, trace.id * 10**12 + 5, -1)
+    other = Trace.from_columns(trace.header, **(trace.columns() | {"id": sparse}))
+    np.testing.assert_array_equal(other.staleness(), trace.staleness())
+
+
+def test_an_empty_trace_has_statistics():
+    trace = Trace.from_columns({"replicas": 2, "shards": 3}, kind=np.zeros(0, int))
+    trace.validate()
+    assert trace.staleness().shape == (0, 3)
+    assert trace.throughput() == trace.duration() == 0
+    assert trace.utilisation().tolist() == [0, 0]
+    assert trace.summary()["pushes"] == 0
+
+
+@pytest.mark.parametrize(
+    "row, column, value, words",
+    [
+        (0, "kind", 9, r"row 0 \(kind 9, .*kind is 9"),
+        (5, "replica", 2, "replica is 2; it must be from 0 to 1"),
+        (6, "shard", -1, "shard is -1"),
+        (8, "version", 3, r"row 8 \(PUSH, replica 0, shard 1\): version is 3.* 2 is"),
+        (10, "version", 3, "fetches version 3 before a push has made it"),
+        (13, "base", 3, "base is 3; it must be from 0 to 2"),
+        (13, "base", -1, "base is -1"),
+        (13, "id", 0, "id 0 is not above"),
+        (13, "count", 2, "pushed 3 gradients and computed 2"),
+        (4, "batch", 5, r"row 12 .*minibatch 1 goes back"),
+        (3, "time", np.nan, "not finite"),
+    ],
+)
+def test_validate_names_the_first_row(row, column, value, words):
+    columns = two_shards().columns()
+    columns[column] = columns[column].copy()
+    columns[column][row] = value
+    trace = Trace.from_columns(two_shards().header, **columns)
+    with pytest.raises(ValueError, match=words):
+        trace.validate()
+
+
+def test_a_new_incarnation_counts_from_one():
+    trace = two_shards()
+    incarnation = np.zeros(len(trace), int)
+    incarnation[13] = 1
+    columns = trace.columns() | {"incarnation": incarnation}
+    version = trace.version.copy()
+    version[13] = 1
+    Trace.from_columns(trace.header, **(columns | {"version": version})).validate()
+    with pytest.raises(ValueError, match="row 13"):
+        Trace.from_columns(trace.header, **columns).validate()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_from_delays_has_these_delays(seed):
+    delays = random_delays(seed, steps=1 + 7 * seed, most=1 + seed % 12)
+    trace = Trace.from_delays(delays)
+    trace.validate()
+    np.testing.assert_array_equal(trace.staleness()[:, 0], delays)
+    steps = np.arange(len(delays))
+    in_flight = [
+        np.count_nonzero((steps - delays <= now) & (now <= steps)) for now in steps
+    ]
+    assert trace.header["replicas"] == max(in_flight)
+    for replica in range(trace.header["replicas"]):
+        own = trace.take(trace.replica == replica)
+        turns = len(own) // 3
+        assert own.kind.tolist() == [FETCH, COMPUTE, PUSH] * turns
+        assert own.batch[1::3].tolist() == own.id[2::3].tolist() == list(range(turns))
+        np.testing.assert_array_equal(own.version[::3], own.base[2::3])
+        # What the replica holds when it computes is what it fetched, nothing newer.
+        assert np.all(np.diff(own.time) >= 0)
+
+
+def test_no_delay_is_one_replica_and_a_constant_one_goes_round():
+    assert Trace.from_delays(np.zeros(5, int)).header["replicas"] == 1
+    trace = Trace.from_delays(np.minimum(3, np.arange(12)))
+    pushes = trace.take(trace.kind == PUSH)
+    assert pushes.replica.tolist() == [0, 1, 2, 3] * 3
+
+
+@pytest.mark.parametrize(
+    "delays, words",
+    [
+        ([0, 2], r"delays\[1\] is 2; it must be from 0 to 1"),
+        ([0, -1], r"delays\[1\] is -1"),
+        ([0.0], "int array"),
+        ([], "at least one step"),
+        ([[0]], r"shape \(1, 1\)"),
+    ],
+)
+def test_impossible_delays(delays, words):
+    with pytest.raises(ValueError, match=words):
+        Trace.from_delays(delays)
+
+
+@pytest.mark.parametrize("skew", [0.0, 0.3, 50.0])
+@pytest.mark.parametrize("seed", range(10))
+def test_events_in_any_order_find_a_causal_one(seed, skew):
+    rng = np.random.default_rng(seed)
+    trace = Trace.from_delays(random_delays(seed, 60))
+    # The shard's clock may be behind: names decide, not times.
+    time = np.where(trace.kind == PUSH, trace.time - skew, trace.time)
+    events = Trace.from_columns(trace.header, **(trace.columns() | {"time": time}))
+    shuffled = events.take(rng.permutation(len(events)))
+    found = Trace.from_events(trace.header, **shuffled.columns())
+    for replica in range(trace.header["replicas"]):
+        own = events.take(events.replica == replica)
+        assert own.diff(found.take(found.replica == replica)) is None
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_events_of_two_shards_in_any_order(seed):
+    trace = two_shards()
+    shuffled = trace.take(np.random.default_rng(seed).permutation(len(trace)))
+    found = Trace.from_events(trace.header, trace.evaluations, **shuffled.columns())
+    for shard in range(2):  # what a shard saw, it sees in the same order
+        own = trace.take((trace.kind == PUSH) & (trace.shard == shard))
+        again = found.take((found.kind == PUSH) & (found.shard == shard))
+        assert own.diff(again) is None
+
+
+def test_events_that_wait_for_one_another():
+    columns = Trace.from_delays([0, 0]).columns()
+    version = columns["version"].copy()
+    version[[0, 3]] = 1, 0  # the first fetch sees the push that comes of it
+    with pytest.raises(ValueError, match="no causal order: row 0"):
+        Trace.from_events(
+            {"replicas": 1, "shards": 1}, **columns | {"version": version}
+        )
+
+
+def test_events_with_a_hole():
+    columns = Trace.from_delays([0, 0, 0]).take([0, 1, 2, 6, 7, 8]).columns()
+    with pytest.raises(ValueError, match="version"):
+        Trace.from_events({"replicas": 1, "shards": 1}, **columns)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 15])
+def test_round_trip(tmp_path, rows):
+    trace = two_shards().take(slice(0, rows))
+    trace.save(tmp_path / "a.trace")
+    loaded = Trace.load(tmp_path / "a.trace")
+    assert trace.diff(loaded) is None
+    assert loaded.evaluations == trace.evaluations
+    for name, values in trace.columns().items():
+        assert getattr(loaded, name).dtype == values.dtype
+    with np.load(tmp_path / "a.trace", allow_pickle=False) as archive:
+        assert set(archive) == {"header", "evaluations", *trace.columns()}
+    trace.save(tmp_path / "b.trace")
+    assert (tmp_path / "a.trace").read_bytes() == (tmp_path / "b.trace").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.trace", "b.trace"]
+
+
+def test_a_header_that_is_not_json_leaves_the_old_file(tmp_path):
+    trace = two_shards()
+    trace.save(tmp_path / "trace.npz")
+    wrong = Trace(**trace.columns(), header=trace.header | {"loss": print})
+    with pytest.raises(ValueError, match="JSON-able"):
+        wrong.save(tmp_path / "trace.npz")
+    assert trace.diff(Trace.load(tmp_path / "trace.npz")) is None
+
+
+def test_every_flipped_bit_is_noticed_or_harmless(tmp_path):
+    trace, path = two_shards(), tmp_path / "trace.npz"
+    trace.save(path)
+    good = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in range(0, len(good), 3):
+        bad = bytearray(good)
+        bad[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(bad)
+        try:
+            loaded = Trace.load(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+        else:
+            assert trace.diff(loaded) is None, place
+
+
+def test_every_truncation_is_noticed(tmp_path):
+    path = tmp_path / "trace.npz"
+    two_shards().save(path)
+    good = path.read_bytes()
+    for length in [*range(0, len(good), 97), len(good) - 1]:
+        path.write_bytes(good[:length])
+        words = "truncated" if length > 1 else "not a Trace"
+        with pytest.raises(ValueError, match=words):
+            Trace.load(path)
+
+
+def save_parts(path, **changes):
+    trace = two_shards()
+    header = trace.header | changes.pop("header", {})
+    parts = trace.columns() | {
+        "header": np.frombuffer(json.dumps(header).encode(), np.uint8),
+        "evaluations": np.frombuffer(b"[]", np.uint8),
+    }
+    parts |= changes
+    np.savez(path, **{name: part for name, part in parts.items() if part is not None})
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"header": {"schema": 2}}, "newer than 1"),
+        ({"header": {"shards": 0}}, r"header\['shards'\] is 0"),
+        ({"step": None}, r"wrong columns: missing \['step'\]"),
+        ({"colour": np.zeros(15)}, r"unknown \['colour'\]"),
+        ({"step": np.zeros(15, np.int32)}, "'step' must be a numpy array of int64"),
+        ({"step": np.zeros(14, np.int64)}, r"wrong columns.*'step' has shape \(14,\)"),
+        ({"step": np.array([print] * 15)}, "no valid array 'step'"),
+        (
+            {"evaluations": np.frombuffer(b"[", np.uint8)},
+            "evaluations that is not JSON",
+        ),
+        ({"evaluations": np.frombuffer(b"[1]", np.uint8)}, "evaluations"),
+    ],
+)
+def test_files_that_do_not_hold_a_trace(tmp_path, changes, words):
+    save_parts(tmp_path / "trace.npz", **changes)
+    with pytest.raises(ValueError, match=words):
+        Trace.load(tmp_path / "trace.npz")
+
+
+def test_files_of_other_kinds(tmp_path):
+    path = tmp_path / "trace.npz"
+    path.write_bytes(pickle.dumps({"kind": [0]}))
+    with pytest.raises(ValueError, match="is a pickle"):
+        Trace.load(path)
+    path.write_text("kind,time\n")
+    with pytest.raises(ValueError, match="not a Trace"):
+        Trace.load(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    with pytest.raises(ValueError, match="no header"):
+        Trace.load(path)
+    with pytest.raises(FileNotFoundError):
+        Trace.load(tmp_path / "none.npz")
+
+
+def test_diff_names_the_first_row_and_column():
+    trace = two_shards()
+    assert trace.diff(two_shards()) is None
+    columns = {name: values.copy() for name, values in trace.columns().items()}
+    columns["version"][9] = 5
+    columns["time"][11] = np.nan
+    other = Trace(**columns, header=trace.header, evaluations=trace.evaluations)
+    words = "row 9 (PUSH, replica 1, shard 0), column 'version': 2 against 5"
+    assert trace.diff(other) == words
+    assert other.diff(other) is None  # not a number is what it is
+    shorter = trace.take(slice(0, 14))
+    words = "15 rows against 14, of which row 14 (FAIL, replica 1) is the first"
+    assert trace.diff(shorter) == words
+    seeded = Trace(**trace.columns(), header=trace.header | {"seed": 8})
+    assert trace.diff(seeded) == (
+        "header['seed']: 7 against 8; "
+        'evaluations[0]: {"loss": 0.5, "step": 2, "time": 2.0} against nothing'
+    )
+
+
+def read_events(path):
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt") as file:
+        return json.load(file)["traceEvents"]
+
+
+@pytest.mark.parametrize("name", ["run.json", "run.json.gz"])
+def test_perfetto(tmp_path, name):
+    trace, path = two_shards(), tmp_path / name
+    trace.to_perfetto(path)
+    events = read_events(path)
+    names = {e["args"]["name"] for e in events if e["name"].endswith("_name")}
+    assert {"replicas", "shards", "replica 1", "shard 1", "evaluations"} <= names
+    threads = {(e["pid"], e["tid"]) for e in events if "tid" in e}
+    assert len(threads) == len({thread for _, thread in threads}) == 4
+    slices = [event for event in events if event["ph"] == "X"]
+    computes = [event for event in slices if event["name"] == "compute"]
+    assert len(computes) == 3
+    assert computes[0]["ts"] == 1e5 and computes[0]["dur"] == 1e6
+    assert computes[0]["args"] == {"step": 0, "batch": 0}
+    fetches = [event for event in slices if event["name"] == "fetch"]
+    assert [f["args"]["versions"] for f in fetches if f["tid"] == 10] == [
+        {"0": 0, "1": 0},
+        {"0": 2, "1": 1},
+    ]
+    assert sum(event["name"] == "push" for event in slices) == 3
+    handled = [event for event in slices if event["name"].startswith("push of")]
+    assert [event["args"]["version"] for event in handled] == [1, 1, 2, 2, 3]
+    counters = {event["name"] for event in events if event["ph"] == "C"}
+    assert counters == {"staleness of shard 0", "staleness of shard 1", "loss"}
+    assert [e["args"]["count"] for e in events if e["name"] == "fail"] == [3]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_perfetto_slices_of_a_track_never_overlap(tmp_path, overlap):
+    made = Trace.from_delays(random_delays(3))
+    trace = Trace(**made.columns(), header=made.header | {"overlap": overlap})
+    trace.to_perfetto(tmp_path / "run.json", seconds=1e-3)
+    ends, count = {}, 0
+    for event in read_events(tmp_path / "run.json"):
+        assert event["ph"] in "MXC" and event["pid"] in (1, 2)
+        if event["ph"] == "X":
+            track = event["pid"], event["tid"]
+            assert event["ts"] >= ends.get(track, 0) and event["dur"] >= 0
+            ends[track] = event["ts"] + event["dur"]
+            count += 1
+    assert count == 4 * 200
+    with pytest.raises(ValueError, match="seconds must be positive"):
+        trace.to_perfetto(tmp_path / "run.json", seconds=0)
