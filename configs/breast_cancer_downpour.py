@@ -3,8 +3,8 @@
   python -m experiments.main --config=configs/breast_cancer_downpour.py \
     --workdir=runs/breast_cancer
 
-Expected: a test accuracy of 99 % with both, at a loss of 0.05, in 20 emulated seconds with
-SGD and 3 with Downpour; it is computed in a quarter of a minute.
+Expected: a test accuracy of 99 % with both, at a loss of 0.05, in 20 emulated seconds
+with SGD and 3 with Downpour; it is computed in a quarter of a minute.
 """
 
 from ml_collections import ConfigDict

@@ -2,9 +2,9 @@
 
   python -m experiments.main --config=configs/digits_downpour.py --workdir=runs/digits
 
-Expected: a test accuracy of 98 to 99 % with both (98.2 % and 98.2 % with this seed), 600
-emulated seconds with SGD and 34 with Downpour; it is computed in less than a minute on
-two cores. Staleness is 19 on average, as 20 replicas take turns; replica 13 is slow.
+Expected: a test accuracy of 98 to 99 % with both (98.2 % and 98.2 % with this seed),
+600 emulated seconds with SGD and 34 with Downpour; it is computed in less than a minute
+on two cores. Staleness is 19 on average, as 20 replicas take turns; replica 13 is slow.
 
 Variations, for other workdirs: --config.downpour.replicas=50 (97.8 %, 13 s),
 --config.downpour.n_push=5 --config.downpour.n_fetch=5 (97.6 %), and

@@ -3,8 +3,8 @@
   python -m experiments.main --config=configs/speech_frames_downpour.py \
     --workdir=runs/speech_frames
 
-Expected: of the frames, 80 % are recognised with SGD after 1,994 emulated seconds and 78 %
-with Downpour after 135; it is computed in one to two minutes on two cores.
+Expected: of the frames, 80 % are recognised with SGD after 1,994 emulated seconds and
+78 % with Downpour after 135; it is computed in one to two minutes on two cores.
 
 The network of Dean et al. 2012, 42 million parameters; first look at what it needs:
 

@@ -51,9 +51,9 @@ def save(
 ) -> None:
     """Write the checkpoint of `step`, then remove what it makes superfluous.
 
-    That is all but the newest `keep`, and those of later steps: a run that saves an
-    earlier step has gone back, because they were damaged. One process writes to a
-    directory at a time.
+    Superfluous are all but the newest `keep`, and those of later steps: a run that
+    saves an earlier step has gone back, because the later ones were damaged. One
+    process writes to a directory at a time.
 
     Args:
         directory: made if it is not there.
@@ -65,6 +65,13 @@ def save(
     Raises:
         TypeError: a leaf is not an array of numbers, or the note is not JSON-able.
         ValueError: `step` or `keep` is not allowed.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     save(directory, 7, {"w": np.ones(2)}, {"seed": 3})
+        ...     latest(directory)
+        Saved(step=7, leaves={'w': array([1., 1.])}, note={'seed': 3})
     """
     if step < 0:
         raise ValueError(f"step={step}: allowed are integers from 0")
@@ -91,9 +98,12 @@ def save(
 
 
 def latest(directory: str | pathlib.Path) -> Saved | None:
-    """Read the newest checkpoint that is whole.
+    """Read the newest checkpoint that is whole; see `save` for an example.
 
     Warns, naming it, of each newer one that is damaged.
+
+    Args:
+        directory: where `save` wrote; it need not exist.
 
     Returns:
         The checkpoint, or None where there has never been one.

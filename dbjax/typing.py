@@ -20,8 +20,21 @@ EvalFn: TypeAlias = Callable[[Params, int, float], Mapping[str, float]]
 
 
 class Data(Protocol):
-    """What training asks of data: the same arguments, the same batch, everywhere."""
+    """What training asks of data: the same arguments, the same batch, everywhere.
+
+    Two methods more are used where there are any: `batches(replicas, steps)`, which
+    gives many minibatches at once, and `start(replicas)`, which is called before a run
+    for data that then begins anew.
+    """
 
     def batch(self, replica: int, step: int) -> Batch:
-        """Give the `step`-th minibatch of `replica`'s own stream."""
+        """Give the `step`-th minibatch of `replica`'s own stream.
+
+        Args:
+          replica: from 0.
+          step: from 0, counted by each replica for itself.
+
+        Returns:
+          A pytree of arrays, of the same shapes for all arguments.
+        """
         ...

@@ -67,6 +67,13 @@ class Row(NamedTuple):
     limit: str = ""
     notes: str = ""
 
+    @property
+    def cells(self) -> list[str]:
+        """As text."""
+        ratio = "" if self.ratio is None else f"{self.ratio:.3f}"
+        head = self.section, self.what, self.value, self.baseline
+        return [*head, ratio, self.limit, self.notes]
+
 
 Options = argparse.Namespace
 
@@ -133,6 +140,9 @@ def _updates(name: str, exact: bool, options: Options) -> list[Row]:
 
 
 def _walker(machine: Any) -> Callable[[int], None]:
+    # Shards in step are cut up once, at the very end.
+    machine = getattr(machine, "machine", machine)
+
     def run(rows: int) -> None:
         machine.run(machine.row + rows)
         jax.block_until_ready(machine.shards)
@@ -210,10 +220,7 @@ def sweep(options: Options) -> list[Row]:
 
     def swept(trace: Trace) -> float:
         begin = time.perf_counter()
-        dbjax.sweep(
-            trace, loss_fn, params, data,
-            lambda learning_rate: dbjax.adagrad(learning_rate), {"learning_rate": rates},
-        )  # fmt: skip
+        dbjax.sweep(trace, loss_fn, params, data, dbjax.adagrad, rates)
         return time.perf_counter() - begin
 
     def replayed(trace: Trace, rate: float) -> float:
@@ -379,8 +386,7 @@ def show(rows: list[Row], console: rich.console.Console) -> None:
     """Print the rows as a table."""
     table = rich.table.Table(*(name.capitalize() for name in Row._fields))
     for row in rows:
-        cells = row._replace(ratio="" if row.ratio is None else f"{row.ratio:.3f}")
-        table.add_row(*cells)
+        table.add_row(*row.cells)
     console.print(table)
 
 
@@ -392,8 +398,7 @@ def write(rows: list[Row], out: pathlib.Path) -> None:
     out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
     lines = ["| " + " | ".join(Row._fields) + " |", "|---" * len(Row._fields) + "|"]
     for row in rows:
-        cells = row._replace(ratio="" if row.ratio is None else f"{row.ratio:.3f}")
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(row.cells) + " |")
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
@@ -424,7 +429,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=pathlib.Path, help="for OUT.json and OUT.md")
     options = parser.parse_args()
-    console, rows = rich.console.Console(), []
+    console, rows = rich.console.Console(width=150), []
     for name in options.only:
         with console.status(name):
             mine = SECTIONS[name](options)

@@ -90,7 +90,16 @@ def show(
 def estimate(
     plan: Plan, workload: workloads.Workload, config: ml_collections.ConfigDict
 ) -> Need:
-    """Work out sizes from shapes, and time from a few steps of the plain loop."""
+    """Work out sizes from shapes, and time from a few steps of the plain loop.
+
+    Args:
+      plan: the method's.
+      workload: what is trained.
+      config: of the run.
+
+    Returns:
+      The need.
+    """
     shapes = jax.eval_shape(workload.init, config.seed)
     parameters = _bytes(shapes)
     optimizer = _bytes(jax.eval_shape(plan.optimizer.init, shapes))

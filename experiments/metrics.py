@@ -33,6 +33,9 @@ class Writer:
       steps: minibatches in the whole run, for the progress bar.
       batch_size: examples in a minibatch.
       console: where to show progress: a bar on a terminal, a few lines elsewhere.
+
+    Attributes:
+      rows_written: evaluations that this writer has written.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Writer:
         self._method, self._steps, self._batch_size = method, steps, batch_size
         self._begin = time.perf_counter()
         self._events = None
+        self.rows_written = 0
         rows = read(self._path)
         _rewrite(self._path, rows)  # without a line that was torn by a kill
         self._last_step = max(
@@ -96,6 +100,7 @@ class Writer:
             **{name: _finite(value) for name, value in scalars.items()},
         }
         self._append(row)
+        self.rows_written += 1
         self._write_events(row, scalars)
         self._show(row)
 
@@ -132,7 +137,14 @@ class Writer:
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Read all whole lines; a last one that a killed process left torn is skipped."""
+    """Read all whole lines; a last one that a killed process left torn is skipped.
+
+    Args:
+      path: the file; it need not exist.
+
+    Returns:
+      The objects, one a line.
+    """
     if not path.exists():
         return []
     rows = []

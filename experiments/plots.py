@@ -1,7 +1,8 @@
 """The figures of a run, drawn from its Traces: curves, staleness, replica timeline.
 
 Colours are Okabe and Ito's, which differ for colour-blind readers too; scales of
-colour are cividis. All is sized to be read at half the width of a README.
+colour are viridis. Titles say what is to be seen, and legends stand where no curve can
+run into them. All is sized to be read at half the width of a README.
 """
 
 import math
@@ -16,12 +17,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib import axes, collections, figure, ticker  # noqa: E402
+from matplotlib import axis as axis_lib  # noqa: E402
 
 from dbjax import trace as trace_lib  # noqa: E402
 from dbjax.trace import Trace  # noqa: E402
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_GREY = "#999999"
+_GREY = "#bdbdbd"
 _MOST_REPLICAS = 40  # rows in a timeline that can still be told apart
 _STYLE = {
     "axes.axisbelow": True,
@@ -70,33 +72,30 @@ def draw(
 @matplotlib.rc_context(_STYLE)
 def curves(traces: Mapping[str, Trace], title: str) -> figure.Figure:
     """Test accuracy over the run's own time, and test loss over minibatches."""
-    picture, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4))
+    picture, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2))
     for (name, trace), colour in zip(traces.items(), COLOURS * 9, strict=False):
         rows = trace.evaluations
         step, time, accuracy, loss = (
             np.array([row[key] for row in rows], float)
             for key in ("step", "time", "test_accuracy", "test_loss")
         )
-        label = f"{name}, {_replicas(trace)}"
         begun = time > 0  # a logarithmic axis has no place for the start
+        label = f"{name}, {_replicas(trace)}"
         left.plot(time[begun], 100 * accuracy[begun], color=colour, label=label)
         left.plot(time[-1], 100 * accuracy[-1], "o", color=colour)
-        right.plot(step, loss, color=colour, label=label)
-    plain = ticker.StrMethodFormatter("{x:,g}")
-    left.set_xscale("log")
-    left.xaxis.set_major_formatter(plain)
-    left.set(xlabel="time of the run (s)", ylabel="test accuracy (%)")
+        right.plot(step, loss, color=colour)
+        right.plot(step[-1], loss[-1], "o", color=colour)
+    clocks = {_clock(trace) for trace in traces.values()}
+    clock = clocks.pop() if len(clocks) == 1 else "time of the run"
+    left.set(xscale="log", xlabel=f"{clock} (s)", ylabel="test accuracy (%)")
     left.set_title(title + _mark_lead(left, traces))
-    left.legend(loc="lower right")
-    right.set_yscale("log")
     right.set(xlabel="minibatches, all replicas together", ylabel="test loss (nats)")
-    right.set_title("the same, over the data seen")
-    right.xaxis.set_major_formatter(plain)
+    right.set(yscale="log", title="Test loss over the data seen")
     right.xaxis.set_major_locator(ticker.MaxNLocator(5))
-    right.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    right.yaxis.set_major_formatter(plain)
-    right.yaxis.set_minor_formatter(ticker.NullFormatter())
-    right.legend(loc="upper right")
+    right.xaxis.set_major_formatter(_plain())
+    _tick_logarithmic(left.xaxis)
+    _tick_logarithmic(right.yaxis)
+    picture.legend(loc="outside lower center", ncols=min(len(traces), 4))
     return picture
 
 
@@ -115,17 +114,37 @@ def _mark_lead(panel: axes.Axes, traces: Mapping[str, Trace]) -> str:
     still climb fast there, so that chance hardly moves the times.
     """
     if len(traces) != 2:
-        return ""
+        return ": test accuracy over time"
     best = [max(row["test_accuracy"] for row in t.evaluations) for t in traces.values()]
     target = min(best) - 0.03
-    times = [time_to(trace, target) for trace in traces.values()]
-    early, late = min(times), max(times)
-    if not 0 < 1.5 * early < late:
-        return ""
+    times = {name: time_to(trace, target) for name, trace in traces.items()}
+    first = min(times, key=lambda name: times[name])
+    early, late = times[first], max(times.values())
+    if not 0 < 1.2 * early < late:
+        return ": test accuracy over time"
     arrow = {"arrowstyle": "<->", "color": "black", "shrinkA": 0, "shrinkB": 0}
     ends = {"xy": (early, 100 * target), "xytext": (late, 100 * target)}
     panel.annotate("", **ends, arrowprops=arrow)
-    return f": {100 * target:.0f} % is reached {late / early:.0f}x sooner"
+    lead = late / early
+    many = f"{lead:.0f}" if lead >= 3 else f"{lead:.1f}"
+    return f": {first} is at {100 * target:.0f} % {many}x sooner"
+
+
+def _tick_logarithmic(axis: axis_lib.Axis) -> None:
+    """Put three to seven plain numbers on a logarithmic axis, whatever it spans."""
+    low, high = sorted(axis.get_view_interval())
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    marks: list[float] = []
+    for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), range(10, 100, 2)):
+        powers = [10.0**decade for decade in decades]
+        scale = 10 if len(digits) > 6 else 1
+        marks = [digit * power / scale for power in powers for digit in digits]
+        marks = [mark for mark in marks if low <= mark <= high]
+        if len(marks) >= 3:
+            break
+    axis.set_major_locator(ticker.FixedLocator(marks[:: 1 + (len(marks) - 1) // 7]))
+    axis.set_major_formatter(_plain())
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 @matplotlib.rc_context(_STYLE)
@@ -133,73 +152,111 @@ def staleness(trace: Trace, name: str) -> figure.Figure:
     """How many updates by others each push had missed, as a histogram."""
     stale = trace.staleness()
     stale = stale[stale >= 0]
-    mean, top = stale.mean(), int(np.quantile(stale, 0.999)) + 1
+    mean, largest = stale.mean(), int(stale.max())
+    top = int(np.quantile(stale, 0.999)) + 1
+    if largest < 1.5 * top:  # all of it, unless that is a long and empty tail
+        top = largest + 1
     # A bin holds whole numbers only, so that no bin is higher by counting more.
     width = max(1, -(-top // 60))
     edges = np.arange(0, top + width, width) - 0.5
     picture, panel = plt.subplots(figsize=(6.4, 4))
     weights = np.full(len(stale), 100 / len(stale))
-    panel.hist(stale, edges.tolist(), weights=weights, color=COLOURS[0], rwidth=0.9)
+    panel.hist(stale, edges.tolist(), weights=weights, color=COLOURS[5], rwidth=0.9)
     others = trace.header["replicas"] - 1
-    panel.axvline(mean, color=COLOURS[1], linewidth=5, label=f"mean {mean:.1f}")
+    panel.axvline(mean, color=COLOURS[1], linewidth=4, label=f"mean {mean:.1f}")
     panel.axvline(
         others,
         color="black",
         linestyle="--",
+        linewidth=1.5,
         label=f"replicas - 1 = {others}",
     )
-    panel.set(xlabel="staleness (updates missed)", ylabel="share of pushes (%)")
-    panel.set_title(f"{name}, {_replicas(trace)}: staleness of {len(stale):,} updates")
-    panel.legend(loc="upper right")
+    beyond = ""
+    if largest > edges[-1]:
+        beyond = f"; the largest, {largest:,}, is not shown"
+    panel.set(xlabel=f"staleness (updates missed){beyond}", xlim=(edges[0], edges[-1]))
+    panel.set(ylabel="share of pushes (%)")
+    panel.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    panel.set_title(f"{name}: a push misses {mean:.1f} updates on average")
+    picture.legend(loc="outside lower center", ncols=2)
     return picture
 
 
 @matplotlib.rc_context(_STYLE)
-def timeline(trace: Trace, name: str, steps: float = 10.0) -> figure.Figure:
-    """What each replica did in the first `steps` mean step times.
+def timeline(trace: Trace, name: str, turns: float = 8.0) -> figure.Figure:
+    """What each replica did in `turns` usual turns, once all of them are at work.
 
     A bar is a minibatch, coloured by the staleness of the push that carried its
-    gradient; grey is time on the network or at a shard.
+    gradient; a thin grey line is time on the network or at a shard.
     """
-    computed = trace.kind == trace_lib.COMPUTE
-    window = steps * float((trace.time - trace.start)[computed].mean())
-    early = trace.take(
-        (trace.start < trace.start.min() + window) & (trace.replica < _MOST_REPLICAS)
-    )
-    shown = min(int(trace.header["replicas"]), _MOST_REPLICAS)
-    picture, panel = plt.subplots(figsize=(10.5, 1.6 + 0.17 * shown))
+    count = int(trace.header["replicas"])
+    shown = min(count, _MOST_REPLICAS)
+    begin, window, unit = _window(trace, turns)
+    seen = (trace.start < begin + window) & (trace.time > begin)
+    early = trace.take(seen & (trace.replica < shown) & (trace.replica >= 0))
+    picture, panel = plt.subplots(figsize=(10.5, max(3, 1.6 + 0.17 * shown)))
     messages = np.isin(early.kind, (trace_lib.FETCH, trace_lib.PUSH))
     panel.add_collection(
-        _bars(early.take(messages), height=0.3, color=_GREY, linewidth=0)
+        _bars(early.take(messages), 0.25, unit, facecolor=_GREY, linewidth=0)
     )
     work = early.take(early.kind == trace_lib.COMPUTE)
     carried = _carried(trace, work)
-    bars = _bars(work, height=0.8, cmap="cividis", array=carried)
+    bars = _bars(work, 0.8, unit, cmap="viridis", array=carried)
     # A scale about what is usual; a slow replica would make all others look the same.
-    bars.set_clim(0, max(1.0, 2 * float(np.nanmedian(carried))))
+    known = carried[np.isfinite(carried)]
+    bars.set_clim(0, max(1.0, 2 * float(np.median(known)) if len(known) else 1.0))
     panel.add_collection(bars)
     failed = early.take(early.kind == trace_lib.FAIL)
-    panel.plot(failed.time, failed.replica, "x", color=COLOURS[1], label="failure")
-    begin = float(trace.start.min())
+    failures = {"color": COLOURS[1], "markersize": 9, "markeredgewidth": 3}
+    panel.plot(failed.time * unit, failed.replica, "x", **failures, label="failure")
     panel.set(
-        xlim=(begin, begin + window),
+        xlim=(begin * unit, (begin + window) * unit),
         ylim=(shown - 0.4, -0.6),
-        xlabel="time of the run (s)",
+        xlabel=f"{_clock(trace)} ({'s' if unit == 1 else 'ms'}); bars are minibatches, "
+        "grey is on the way or at a shard",
         ylabel="replica",
     )
+    panel.xaxis.set_major_formatter(_plain())
     panel.yaxis.set_major_locator(ticker.MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
     panel.grid(False)
-    panel.set_title(f"{name}, {_replicas(trace)}: minibatch by minibatch")
+    who = _replicas(trace) + (f" ({shown} shown)" if shown < count else "")
+    busy = 100 * float(trace.utilisation().mean())
+    panel.set_title(f"{name}, {who}: computing {busy:.0f} % of the time")
     if len(failed):
-        panel.legend(loc="upper right", facecolor="white", frameon=True)
-    picture.colorbar(bars, label="staleness of its push", pad=0.01, extend="max")
+        picture.legend(loc="outside upper right")
+    look = {"pad": 0.01, "extend": "max", "extendfrac": 8 / (60 + 12 * shown)}
+    scale = picture.colorbar(bars, **look)
+    scale.set_label("updates its push missed", fontsize=10)
+    scale.locator = ticker.MaxNLocator(4, integer=True)
+    scale.update_ticks()
     return picture
 
 
-def _bars(rows: Trace, height: float, **look: Any) -> collections.PolyCollection:
+def _window(trace: Trace, turns: float) -> tuple[float, float, float]:
+    """Choose what a timeline shows: begin and length, in seconds, and a unit.
+
+    It begins when the last replica to do so begins its second minibatch: before that,
+    threads still start and compile, and warm starts are alone.
+    """
+    work = trace.take(trace.kind == trace_lib.COMPUTE)
+    order = np.lexsort((work.start, work.replica))
+    replica, start = work.replica[order], work.start[order]
+    again = replica[1:] == replica[:-1]
+    second = again & np.r_[True, ~again[:-1]]
+    begin = float(start[1:][second].max(initial=start.min()))
+    gaps = np.diff(start)[again]
+    turn = np.median(gaps) if len(gaps) else (work.time - work.start).mean()
+    length = min(turns * float(turn), float(trace.time.max()) - begin)
+    length = length if length > 0 else 1.0
+    return begin, length, 1.0 if begin + length >= 1 else 1000.0
+
+
+def _bars(
+    rows: Trace, height: float, unit: float, **look: Any
+) -> collections.PolyCollection:
     """Give one bar from `start` to `time` for each row, in its replica's line."""
     low, high = rows.replica - height / 2, rows.replica + height / 2
-    x = np.stack([rows.start, rows.start, rows.time, rows.time], -1)
+    x = unit * np.stack([rows.start, rows.start, rows.time, rows.time], -1)
     y = np.stack([low, high, high, low], -1)
     look = {"edgecolor": "white", "linewidth": 0.6, **look}
     return collections.PolyCollection(list(np.stack([x, y], -1)), **look)
@@ -231,3 +288,15 @@ def _carried(trace: Trace, work: Trace) -> np.ndarray:
 def _replicas(trace: Trace) -> str:
     count = trace.header["replicas"]
     return "1 replica" if count == 1 else f"{count} replicas"
+
+
+def _clock(trace: Trace) -> str:
+    """Name the clock that the Trace's times are of."""
+    runtime = trace.header.get("runtime", "")
+    return {"Emulated": "emulated time", "Threads": "time"}.get(
+        runtime, "time of the run"
+    )
+
+
+def _plain() -> ticker.Formatter:
+    return ticker.StrMethodFormatter("{x:,g}")

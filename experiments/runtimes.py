@@ -17,10 +17,22 @@ OPTIMIZERS: Mapping[str, Callable[[float], optax.GradientTransformation]] = {
 }
 
 
-def make_optimizer(method: str, options: ml_collections.ConfigDict):
-    """Build the optimizer of `options.optimizer` and `options.learning_rate`."""
-    name = options.optimizer
-    build = registry.choose(f"{method}.optimizer", name, OPTIMIZERS)
+def make_optimizer(
+    method: str, options: ml_collections.ConfigDict
+) -> optax.GradientTransformation:
+    """Build the optimizer of `options.optimizer` and `options.learning_rate`.
+
+    Args:
+      method: whose options these are, for the error.
+      options: a method's part of the config.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      registry.ConfigError: if there is none of that name.
+    """
+    build = registry.choose(f"{method}.optimizer", options.optimizer, OPTIMIZERS)
     return build(options.learning_rate)
 
 
@@ -35,8 +47,21 @@ def make_local(config: ml_collections.ConfigDict) -> cluster.Cluster:
     return _build_cluster(step_time=options.step_time, spread=options.spread)
 
 
-def make_runtime(config: ml_collections.ConfigDict, machines: cluster.Cluster):
-    """Build `config.runtime`: "emulated" on the given machines, or "threads"."""
+def make_runtime(
+    config: ml_collections.ConfigDict, machines: cluster.Cluster
+) -> dbjax.Emulated | dbjax.Threads:
+    """Build `config.runtime`: "emulated" on the given machines, or "threads".
+
+    Args:
+      config: of the run.
+      machines: what is emulated.
+
+    Returns:
+      The runtime.
+
+    Raises:
+      registry.ConfigError: if there is none of that name.
+    """
     runtimes = {
         "emulated": lambda: dbjax.Emulated(machines, seed=config.seed),
         "threads": dbjax.Threads,
@@ -54,12 +79,30 @@ def _build_cluster(
     bandwidth: float | None = None,
     shard_service: float = 0.0,
 ) -> cluster.Cluster:
-    return cluster.Cluster(
-        step_time=cluster.LogNormal(step_time, spread),
-        slow=cluster.Slow(factor=slow_factor, replicas=slow_replicas)
-        if slow_replicas
-        else None,
-        latency=latency,
-        bandwidth=math.inf if bandwidth is None else bandwidth,
-        shard_service=shard_service,
-    )
+    """Build machines; the arguments are what `config.cluster` may hold.
+
+    Args:
+      step_time: mean seconds for a minibatch.
+      spread: its standard deviation, as a part of the mean.
+      slow_replicas: indices of the replicas that are slow throughout.
+      slow_factor: how many times longer these take.
+      latency: seconds for a message, each way.
+      bandwidth: bytes per second on each link; None for no limit.
+      shard_service: seconds that a shard is busy with a push.
+
+    Raises:
+      registry.ConfigError: if the cluster refuses one of them.
+    """
+    try:
+        slow = None
+        if slow_replicas:
+            slow = cluster.Slow(factor=slow_factor, replicas=slow_replicas)
+        return cluster.Cluster(
+            step_time=cluster.LogNormal(step_time, spread),
+            slow=slow,
+            latency=latency,
+            bandwidth=math.inf if bandwidth is None else bandwidth,
+            shard_service=shard_service,
+        )
+    except ValueError as error:
+        raise registry.ConfigError(f"cluster: {error}") from error

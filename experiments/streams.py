@@ -14,7 +14,9 @@ import numpy as np
 _SOURCE, _TRAIN, _HELD_OUT = range(3)
 
 
-def _generator(seed: int, purpose: int, replica: int = 0, step: int = 0):
+def _generator(
+    seed: int, purpose: int, replica: int = 0, step: int = 0
+) -> np.random.Generator:
     """Give the generator of one batch: Philox keyed, not advanced, so never shared."""
     if seed < 0 or replica < 0 or step < 0:
         raise ValueError(
@@ -26,12 +28,19 @@ def _generator(seed: int, purpose: int, replica: int = 0, step: int = 0):
 
 
 class _Draws(NamedTuple):
-    """What chance decides about one batch of images."""
+    """What chance decides about one batch of images.
 
-    index: np.ndarray  # `[B]` which image
-    matrix: np.ndarray  # `[B, 2]` the rotation and zoom: (cos, sin) / zoom
-    shift: np.ndarray  # `[B, 2]` in pixels
-    noise: np.ndarray  # `[B, H * W]`
+    Attributes:
+      index: `[B]` which image.
+      matrix: `[B, 2]` the rotation and zoom: (cos, sin) / zoom.
+      shift: `[B, 2]` in pixels.
+      noise: `[B, H * W]`.
+    """
+
+    index: np.ndarray
+    matrix: np.ndarray
+    shift: np.ndarray
+    noise: np.ndarray
 
 
 class AugmentedImages:
@@ -87,12 +96,10 @@ class AugmentedImages:
 
     def batches(self, replicas: np.ndarray, steps: np.ndarray) -> dict[str, np.ndarray]:
         """Give `K` minibatches at once: `image` `[K, B, H * W]`, `label` `[K, B]`."""
-        draws = [
-            self._draw(int(r), int(s)) for r, s in zip(replicas, steps, strict=True)
-        ]
-        return self._render(
-            _Draws(*(np.stack(field) for field in zip(*draws, strict=True)))
-        )
+        pairs = zip(replicas, steps, strict=True)
+        draws = [self._draw(int(replica), int(step)) for replica, step in pairs]
+        fields = zip(*draws, strict=True)
+        return self._render(_Draws(*map(np.stack, fields)))
 
     def _draw(self, replica: int, step: int) -> _Draws:
         chance = _generator(self.seed, _TRAIN, replica, step)
@@ -185,9 +192,8 @@ class MarkovFrames:
 
     def batch(self, replica: int, step: int) -> dict[str, np.ndarray]:
         """Give one minibatch: `frames` `[B, window * features]` and `state` `[B]`."""
-        return self._clips(
-            _generator(self.seed, _TRAIN, replica, step), self.batch_size
-        )
+        chance = _generator(self.seed, _TRAIN, replica, step)
+        return self._clips(chance, self.batch_size)
 
     def held_out(self, count: int) -> dict[str, np.ndarray]:
         """Give `count` clips that no replica ever trains on."""
@@ -202,9 +208,8 @@ class MarkovFrames:
             before = states[:, t - 1]
             after = self._successors[before, moves[:, t]]
             states[:, t] = np.where(stays[:, t], before, after)
-        frames = chance.standard_normal(
-            (count, self.window, self.features), dtype=np.float32
-        )
+        shape = count, self.window, self.features
+        frames = chance.standard_normal(shape, dtype=np.float32)
         frames *= np.float32(self._noise)
         frames += self._means[states]
         return {

@@ -6,11 +6,12 @@ folder with TensorBoard events, checkpoints, `trace.npz` and, once it has finish
 `result.json`. A second call goes on where the first one stopped.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -18,6 +19,7 @@ import rich.box
 import rich.console
 import rich.table
 
+from dbjax import checkpoint
 from dbjax.trace import Trace
 from experiments import metrics, plots, registry, workloads
 from experiments.methods import METHODS, Plan, Session
@@ -64,9 +66,10 @@ def train_and_evaluate(
     figures: list[pathlib.Path] = []
     try:
         for name in config.methods:
-            outcomes[name] = _load(workdir / name) or _run(
-                name, config, workload, workdir, console
-            )
+            outcome = _load(workdir / name)
+            if outcome is not None:
+                console.print(f"{name}: finished by an earlier call")
+            outcomes[name] = outcome or _run(name, config, workload, workdir, console)
     finally:
         # Also after an error: what the methods before it found is worth a picture.
         if outcomes:
@@ -82,12 +85,15 @@ def prepare(
 ) -> tuple[workloads.Workload, dict[str, Plan]]:
     """Check the config as far as can be without training.
 
+    Args:
+      config: as the files in `configs/` give it.
+
     Returns:
       The workload, and the plan of each method.
 
     Raises:
-      registry.ConfigError: if the config asks for what does not exist.
-      ValueError: if it gives an argument that the library refuses.
+      registry.ConfigError: if the config asks for what does not exist, or gives an
+        argument that the library refuses.
     """
     for name in config.methods:
         registry.choose("methods", name, METHODS)
@@ -96,10 +102,16 @@ def prepare(
             f"methods is {tuple(config.methods)}; it must name one or more of "
             f"{', '.join(METHODS)}, each once."
         )
-    workload = workloads.make(config.workload, config.seed)
-    plans = {name: METHODS[name].plan(config, workload) for name in config.methods}
-    for plan in plans.values():
-        plan.simulate(1)  # for its checks of the order: replicas, shards, n_push, ...
+    for key in ("steps", "eval_every", "checkpoint_every"):
+        if config[key] < 1:
+            raise registry.ConfigError(f"{key} is {config[key]}; it must be 1 or more.")
+    with _refusals("workload"):
+        workload = workloads.make(config.workload, config.seed)
+    plans: dict[str, Plan] = {}
+    for name in config.methods:
+        with _refusals(name):
+            plans[name] = METHODS[name].plan(config, workload)
+            plans[name].simulate(1)  # checks the order: replicas, shards, n_push, ...
     return workload, plans
 
 
@@ -115,9 +127,8 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     """
     workdir.mkdir(parents=True, exist_ok=True)
     path, text = workdir / "config.json", json.dumps(config.to_dict(), indent=2)
-    trained = any(workdir.glob("*/checkpoints/*")) or metrics.read(
-        workdir / "metrics.jsonl"
-    )
+    checkpoints = any(workdir.glob("*/checkpoints/*"))
+    trained = checkpoints or metrics.read(workdir / "metrics.jsonl")
     if path.exists() and trained:
         mine = registry.flatten(json.loads(text))  # tuples as JSON has them
         theirs = registry.flatten(_read_json(path))
@@ -132,22 +143,25 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
 
 
 def report(outcomes: Mapping[str, Outcome]) -> rich.table.Table:
-    """Put the results side by side: test accuracy and loss at the end, and times."""
+    """Put the results side by side: test accuracy and loss at the end, and times.
+
+    Args:
+      outcomes: by method.
+
+    Returns:
+      A table to print.
+    """
     table = rich.table.Table(
         box=rich.box.SIMPLE, title="on the test data, at the end of the run"
     )
     table.add_column("method", no_wrap=True)
-    columns = (
-        "replicas",
-        "accuracy",
-        "loss",
-        "run's clock",
-        "staleness",
-        "wall",
-    )
+    columns = ("replicas", "accuracy", "loss", "run's clock", "staleness", "wall")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
+    resumed = []
     for name, (trace, result) in outcomes.items():
+        if since := result["info"].get("resumed_at"):
+            resumed.append(f"{name} since step {since:,}")
         stale = trace.staleness()
         table.add_row(
             name,
@@ -158,6 +172,8 @@ def report(outcomes: Mapping[str, Outcome]) -> rich.table.Table:
             f"{stale[stale >= 0].mean():.1f}",
             f"{result['wall']:.1f} s",
         )
+    if resumed:
+        table.caption = f"wall: {', '.join(resumed)}, where it was taken up again"
     return table
 
 
@@ -186,7 +202,10 @@ def _run(
             return scalars
 
         session = Session(evaluate, checkpoints=folder / "checkpoints")
-        run = METHODS[name].run(config, workload, session)
+        if found := checkpoint.steps(session.checkpoints):
+            console.print(f"{name}: goes on from its checkpoint of step {found[-1]:,}")
+        with _refusals(name, unless=lambda: writer.rows_written > 0):
+            run = METHODS[name].run(config, workload, session)
     result = {
         "step": config.steps,
         "time": run.trace.duration(),
@@ -202,10 +221,17 @@ def _run(
 
 def _load(folder: pathlib.Path) -> Outcome | None:
     """Read the outcome of a method that finished in an earlier call."""
-    path = folder / "result.json"
+    path, table = folder / "result.json", folder / "trace.npz"
     if not path.exists():
         return None
-    return Outcome(Trace.load(folder / "trace.npz"), _read_json(path))
+    try:
+        trace = Trace.load(table)
+    except (OSError, ValueError) as error:
+        raise registry.ConfigError(
+            f"{table} cannot be read ({error}); remove {path}, and the next call makes "
+            "both again from the last checkpoint."
+        ) from error
+    return Outcome(trace, _read_json(path))
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -215,6 +241,22 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
         raise registry.ConfigError(
             f"{path} is damaged ({error}); remove it or give another --workdir."
         ) from error
+
+
+@contextlib.contextmanager
+def _refusals(part: str, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Turn what the library refuses into a `ConfigError` that names the part.
+
+    Not if `unless()`: then training had begun, and it is not about the config.
+    """
+    try:
+        yield
+    except registry.ConfigError:
+        raise
+    except ValueError as error:
+        if unless():
+            raise
+        raise registry.ConfigError(f"{part}: {error}") from error
 
 
 def _show(flat: Mapping[str, Any], key: str) -> str:

@@ -72,6 +72,18 @@ def digits(
 
     Training sees an endless stream of moved, turned and noisy versions of 1,300 of
     them; the other 497 are the test, the same for every seed, and stay as they are.
+
+    Args:
+      seed: seeds the stream.
+      batch_size: examples in a minibatch.
+      hidden: units in each hidden layer (ReLU).
+      shift: as for `streams.AugmentedImages`, as are the following.
+      rotation: in degrees.
+      zoom: a relative size.
+      noise: a standard deviation.
+
+    Returns:
+      The workload.
     """
     from sklearn import datasets
 
@@ -107,13 +119,17 @@ def digits(
     )
 
 
-def breast_cancer(
-    *,
-    seed: int,
-    batch_size: int = 16,
-    l2: float = 1e-3,
-) -> Workload:
-    """Logistic regression on 569 tumours with 30 measurements each, standardised."""
+def breast_cancer(*, seed: int, batch_size: int = 16, l2: float = 1e-3) -> Workload:
+    """Logistic regression on 569 tumours with 30 measurements each, standardised.
+
+    Args:
+      seed: seeds the permutations.
+      batch_size: examples in a minibatch.
+      l2: half of it times the squared weights is added to the loss.
+
+    Returns:
+      The workload.
+    """
     from sklearn import datasets
 
     bunch = datasets.load_breast_cancer()
@@ -162,6 +178,17 @@ def speech_frames(
 
     The input is that of Dean et al. 2012, section 5: 11 frames of 40 log-energies; with
     `states=8192` and `hidden=(2560,) * 4` so is the network, of 42 million parameters.
+
+    Args:
+      seed: seeds the source and its stream.
+      batch_size: examples in a minibatch.
+      states: hidden states, the classes.
+      hidden: units in each hidden layer (sigmoid).
+      noise: as for `streams.MarkovFrames`.
+      test_size: clips in the test.
+
+    Returns:
+      The workload.
     """
     data = streams.MarkovFrames(batch_size, states=states, seed=seed, noise=noise)
     sizes = (data.window * data.features, *hidden, states)

@@ -71,6 +71,11 @@ def draw(
 
     Returns:
       A new float64 array of the broadcast shape.
+
+    >>> lines = draw(np.log, 0, Purpose.COMPUTE, np.arange(2)[:, None], np.arange(100))
+    >>> one = draw(np.log, 0, Purpose.COMPUTE, 1, 70)
+    >>> bool(one[()] == lines[1, 70])
+    True
     """
     shape = np.broadcast_shapes(np.shape(replica), np.shape(step), np.shape(shard))
     word = (int(seed) * _SILVER + int(purpose) * _GOLDEN) & _WORD

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import operator
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +16,7 @@ from dbjax.cluster.distributions import (
     as_distribution,
     as_per_replica,
     check_number,
+    check_whole,
 )
 from dbjax.cluster.draws import Purpose, draw
 from dbjax.cluster.fit import calibrate
@@ -46,6 +46,10 @@ class Cluster:
       failures: times between failures and for coming back; None: nobody fails.
       join: when each replica starts, in seconds, given like `speeds`.
 
+    Raises:
+      TypeError: a field is not of its kind.
+      ValueError: a number in it is out of range.
+
     >>> cluster = Cluster(step_time=Exponential(2.0), latency=0.1)
     >>> cluster.compute_times(0, np.arange(3), first=0, count=5).shape
     (3, 5)
@@ -63,23 +67,19 @@ class Cluster:
 
     def __post_init__(self):
         """Check every field; numbers become constants and sequences tuples."""
+        bandwidth = check_number("bandwidth", self.bandwidth, above=0.0, finite=False)
         checked = {
             "step_time": as_distribution("step_time", self.step_time, positive=True),
             "speeds": as_per_replica("speeds", self.speeds, positive=True),
             "latency": as_distribution("latency", self.latency),
-            "bandwidth": check_number(
-                "bandwidth", self.bandwidth, above=0.0, finite=False
-            ),
+            "bandwidth": bandwidth,
             "shard_service": as_distribution("shard_service", self.shard_service),
             "join": as_per_replica("join", self.join),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        for name, kind in (
-            ("slow", Slow),
-            ("slowness", Slowness),
-            ("failures", Failures),
-        ):
+        kinds = {"slow": Slow, "slowness": Slowness, "failures": Failures}
+        for name, kind in kinds.items():
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
                 raise TypeError(
@@ -172,11 +172,26 @@ class Cluster:
         return _draw(self.shard_service, int(seed), Purpose.SERVICE, *cube)
 
     def transfer_time(self, size: float) -> float:
-        """Give the seconds that `size` bytes need on one link, without its latency."""
+        """Give the seconds that `size` bytes need on one link, without its latency.
+
+        Args:
+          size: bytes.
+
+        Returns:
+          Seconds; 0 where the bandwidth is infinite.
+        """
         return float(size) / self.bandwidth
 
     def join_times(self, seed: int, replicas: np.ndarray) -> np.ndarray:
-        """Give the seconds at which the replicas `[R]` start: float64 `[R]`."""
+        """Give the seconds at which replicas start.
+
+        Args:
+          seed: the seed of the run.
+          replicas: replica indices `[R]`.
+
+        Returns:
+          float64 `[R]`.
+        """
         seed, replicas, _, _ = _checked(seed, replicas, 0, 0)
         return _per_replica(self.join, "join", seed, Purpose.JOIN, replicas)
 
@@ -194,8 +209,8 @@ class Cluster:
         """
         if self.failures is None:
             return math.inf, 0.0
-        key = _whole("replica", replica), _whole("k", k)
-        seed = _whole("seed", seed)
+        key = check_whole("replica", replica), check_whole("k", k)
+        seed = check_whole("seed", seed)
         up = _draw(self.failures.uptime, seed, Purpose.UPTIME, *key)
         down = _draw(self.failures.downtime, seed, Purpose.DOWNTIME, *key)
         return float(up), float(down)
@@ -258,10 +273,12 @@ def _per_replica(
     return np.array(value)[replicas]
 
 
-def _cube(seed: Any, replicas: Any, first: Any, count: Any, shards: Any):
+def _cube(
+    seed: Any, replicas: Any, first: Any, count: Any, shards: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Give replicas, steps and shards in shapes that broadcast to `[R, C, S]`."""
     _, replicas, first, count = _checked(seed, replicas, first, count)
-    if _whole("shards", shards) < 1:
+    if check_whole("shards", shards) < 1:
         raise ValueError(f"shards must be at least 1; got {shards!r}.")
     steps = np.arange(first, first + count)
     return replicas[:, None, None], steps[:, None], np.arange(int(shards))
@@ -281,19 +298,8 @@ def _checked(
             f"replicas must be at least 0; got {indices.min()} among them."
         )
     return (
-        _whole("seed", seed),
+        check_whole("seed", seed),
         indices.astype(np.int64),
-        _whole("first", first),
-        _whole("count", count),
+        check_whole("first", first),
+        check_whole("count", count),
     )
-
-
-def _whole(name: str, value: Any) -> int:
-    """Give `value` as an int of at least 0."""
-    try:
-        number = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise ValueError(f"{name} must be an integer of at least 0; got {value!r}.")
-    return number

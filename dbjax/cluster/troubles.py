@@ -19,6 +19,9 @@ class Slow:
       fraction: the probability that a replica is slow, drawn once by (seed, replica).
       factor: how many times longer a slow replica takes for a step.
       replicas: the slow replicas by index; `fraction` does not count then.
+
+    >>> Slow(factor=4.0, replicas=(2,)).is_slow(0, np.arange(4))
+    array([False, False,  True, False])
     """
 
     fraction: float = 0.02
@@ -40,7 +43,15 @@ class Slow:
             object.__setattr__(self, "replicas", tuple(chosen.tolist()))
 
     def is_slow(self, seed: int, replicas: np.ndarray) -> np.ndarray:
-        """Say which of the replicas `[R]` are slow: bool `[R]`."""
+        """Say which replicas are slow.
+
+        Args:
+          seed: the seed of the run.
+          replicas: replica indices `[R]`.
+
+        Returns:
+          bool `[R]`.
+        """
         if self.replicas is not None:
             return np.isin(replicas, self.replicas)
         return uniform(seed, Purpose.SLOW, replicas, 0) < self.fraction
@@ -62,6 +73,10 @@ class Slowness:
       mean_slow: mean length of a slow time, in steps, at least 2.
       mean_normal: mean length of a normal time, in steps, at least 2: for shorter ones
         `a` and `1 - b` may cross, and draws would no longer decide alone.
+
+    >>> slowness = Slowness(factor=4.0, mean_slow=50, mean_normal=150)
+    >>> slowness.share
+    0.25
     """
 
     factor: float
@@ -135,6 +150,9 @@ class Failures:
     Attributes:
       uptime: seconds from joining or coming back to the next failure.
       downtime: seconds from a failure to coming back.
+
+    >>> Failures(uptime=500.0, downtime=20.0).downtime
+    Constant(value=20.0)
     """
 
     uptime: Distribution | float

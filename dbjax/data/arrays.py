@@ -69,18 +69,28 @@ class ArrayData:
         return made, (self._arrays, self.batch_size)
 
     def batch(self, replica: int, step: int) -> Batch:
-        """Give the `step`-th minibatch of `replica`: numpy leaves `[B, ...]`."""
-        index = self._rows(
-            checks.natural("replica", replica), checks.natural("step", step)
-        )
+        """Give the `step`-th minibatch of `replica`'s own stream.
+
+        Args:
+            replica: from 0; any number of them.
+            step: from 0, counted by each replica for itself.
+
+        Returns:
+            The arrays' pytree with numpy leaves `[B, ...]`, new ones.
+        """
+        replica, step = checks.natural("replica", replica), checks.natural("step", step)
+        index = self._rows(replica, step)
         return jax.tree.map(lambda a: a.take(index, axis=0), self._arrays)
 
     def batches(self, replicas: Sequence[int], steps: Sequence[int]) -> Batch:
-        """Give `K` minibatches at once: numpy leaves `[K, B, ...]`.
+        """Give `K` minibatches at once.
 
         Args:
             replicas: `[K]` integers.
             steps: `[K]` integers, each a step of the replica beside it.
+
+        Returns:
+            The arrays' pytree with numpy leaves `[K, B, ...]`.
         """
         pairs = checks.pairs(replicas, steps)
         index = np.empty((len(pairs), self.batch_size), self._index)
@@ -94,7 +104,17 @@ class ArrayData:
         return -(-self.num_examples // self.portion_size)
 
     def portion(self, i: int) -> Batch:
-        """Give the `i`-th contiguous slice of all examples, as read-only views."""
+        """Give the `i`-th contiguous slice of all examples.
+
+        Args:
+            i: from 0 to `num_portions - 1`.
+
+        Returns:
+            Read-only views `[portion_size, ...]` of the arrays; the last may be short.
+
+        Raises:
+            IndexError: there is no such portion.
+        """
         if not 0 <= operator.index(i) < self.num_portions:
             raise IndexError(f"portion {i}: allowed are 0 to {self.num_portions - 1}")
         start = i * self.portion_size

@@ -9,7 +9,11 @@ import numpy as np
 def pairs(
     replicas: Sequence[int] | np.ndarray, steps: Sequence[int] | np.ndarray
 ) -> list[tuple[int, int]]:
-    """Check two integer arrays of one length and pair them as Python ints."""
+    """Check two integer arrays of one length and pair them as Python ints.
+
+    >>> pairs(np.array([0, 1]), [4, 5])
+    [(0, 4), (1, 5)]
+    """
     r, s = np.asarray(replicas), np.asarray(steps)
     if r.ndim != 1 or r.shape != s.shape:
         raise ValueError(

@@ -36,6 +36,13 @@ class IteratorData:
     def batch(self, replica: int, step: int) -> Batch:
         """Advance `replica`'s iterator to its batch number `step` and give that.
 
+        Args:
+            replica: below the `replicas` that were started.
+            step: from 0; that of the newest batch, or a later one.
+
+        Returns:
+            The batch; arrays but JAX's are copied, as a loader may write over them.
+
         Raises:
             ValueError: `step` lies behind the newest batch (that one may be asked for
               again), the iterator ended, or `replica` is not one of those started.
@@ -62,6 +69,9 @@ class IteratorData:
 
         An iterator with its own `get_state` and `set_state` (grain's have them) is
         set; any other is replayed from its beginning, which it must repeat.
+
+        Args:
+            state: what `get_state` gave.
         """
         self.start(state["replicas"])
         for replica, saved in state["streams"].items():
@@ -135,6 +145,9 @@ def from_iterators(make: Callable[[int, int], Iterable[Batch]]) -> IteratorData:
 
     Returns:
         An `IteratorData`; a run starts it with the number of its replicas.
+
+    Raises:
+        TypeError: `make` is not a function.
 
     Examples:
         >>> import itertools

@@ -16,14 +16,24 @@ def stack(
     """Give `K` minibatches of any data as one pytree of arrays `[K, B, ...]`.
 
     Args:
-        data: anything with `batch(replica, step)`; its `batches` is used where it has
-          one.
+        data: anything with `batch(replica, step)`; where it has `batches`, that is
+          used.
         replicas: `[K]` integers.
         steps: `[K]` integers, each a step of the replica beside it.
+
+    Returns:
+        A pytree like a batch, with `K` in front of every shape.
 
     Raises:
         ValueError: a batch differs from the first one in structure, shape or dtype; the
           message names replica and step.
+
+    Examples:
+        >>> import numpy as np
+        >>> from dbjax.data import from_arrays, stack
+        >>> data = from_arrays({"x": np.arange(12).reshape(6, 2)}, batch_size=3)
+        >>> stack(data, replicas=[0, 1, 0, 1], steps=[0, 0, 1, 1])["x"].shape
+        (4, 3, 2)
     """
     batches = getattr(data, "batches", None)
     if batches is not None:
@@ -36,11 +46,11 @@ def stack(
         row = jax.tree.map(np.asarray, data.batch(replica, step))
         rows.append(row)
         if _spec(row) != _spec(rows[0]):
+            first = "replica {}, step {}".format(*pairs[0])
             raise ValueError(
-                f"the batch of replica {replica}, step {step} has "
-                f"{_describe(row)}, but that of replica {pairs[0][0]}, step "
-                f"{pairs[0][1]} has {_describe(rows[0])}: all batches of a run need "
-                "the same shapes"
+                f"the batch of replica {replica}, step {step} has {_describe(row)}, "
+                f"but that of {first} has {_describe(rows[0])}: all batches of a run "
+                "need the same shapes"
             )
     return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 

@@ -10,7 +10,22 @@ from dbjax.typing import EvalFn
 
 
 class Arguments(NamedTuple):
-    """What `train` was asked for, apart from the problem and the runtime."""
+    """What `train` was asked for, apart from the problem and the runtime.
+
+    Attributes:
+      replicas: number of model replicas.
+      shards: number of shards of the parameter server.
+      steps: minibatches processed by all replicas together.
+      n_fetch: minibatches between a replica's fetches.
+      n_push: minibatches between its pushes.
+      overlap: whether both run beside the next minibatch.
+      warmstart_steps: steps that replica 0 takes alone.
+      protocol: who may go on, and whose push is taken.
+      eval_fn: as for `train`, as are the following.
+      eval_every: minibatches between evaluations.
+      checkpoint_dir: where checkpoints are.
+      checkpoint_every: minibatches between them.
+    """
 
     replicas: int
     shards: int
@@ -20,13 +35,13 @@ class Arguments(NamedTuple):
     overlap: bool
     warmstart_steps: int
     protocol: Protocol
-    eval_fn: EvalFn | None
-    eval_every: int | None
-    checkpoint_dir: pathlib.Path | None
-    checkpoint_every: int | None
+    eval_fn: EvalFn | None = None
+    eval_every: int | None = None
+    checkpoint_dir: pathlib.Path | None = None
+    checkpoint_every: int | None = None
 
     def describe(self) -> dict[str, Any]:
-        """Those that make a run what it is, JSON-able."""
+        """Those that decide the order of a run, JSON-able."""
         return {
             "replicas": self.replicas,
             "shards": self.shards,
@@ -40,7 +55,19 @@ class Arguments(NamedTuple):
 
 
 def whole(name: str, value: Any, least: int) -> int:
-    """Check that an argument is an integer of at least `least`."""
+    """Check that an argument is an integer of at least `least`.
+
+    Args:
+      name: what it is called in the error.
+      value: the argument.
+      least: the least value allowed.
+
+    Returns:
+      The value as an int.
+
+    Raises:
+      ValueError: it is no integer, or below `least`.
+    """
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -57,6 +84,12 @@ def whole(name: str, value: Any, least: int) -> int:
 def check_arguments(**given: Any) -> Arguments:
     """Check and complete the arguments.
 
+    Args:
+      **given: the attributes of `Arguments`; those with a default may be left out.
+
+    Returns:
+      The arguments.
+
     Raises:
       ValueError: naming the argument, its value, and what is allowed.
     """
@@ -64,7 +97,7 @@ def check_arguments(**given: Any) -> Arguments:
         given[name] = whole(name, given[name], 1)
     given["warmstart_steps"] = whole("warmstart_steps", given["warmstart_steps"], 0)
     for name in ("eval_every", "checkpoint_every"):
-        if given[name] is not None:
+        if given.get(name) is not None:
             given[name] = whole(name, given[name], 1)
     if not isinstance(given["overlap"], bool):
         raise ValueError(f"overlap must be True or False; got {given['overlap']!r}.")
@@ -73,14 +106,13 @@ def check_arguments(**given: Any) -> Arguments:
             f"protocol must be a Protocol, say asynchronous(); got "
             f"{given['protocol']!r}."
         )
-    if given["eval_fn"] is not None and not callable(given["eval_fn"]):
-        raise ValueError(f"eval_fn must be a function; got {given['eval_fn']!r}.")
-    if given["checkpoint_every"] is None:
+    eval_fn, directory = given.get("eval_fn"), given.get("checkpoint_dir")
+    if eval_fn is not None and not callable(eval_fn):
+        raise ValueError(f"eval_fn must be a function; got {eval_fn!r}.")
+    if given.get("checkpoint_every") is None:
         given["checkpoint_every"] = max(1, given["steps"] // 10)
-    if given["checkpoint_dir"] is not None:
-        if not isinstance(given["checkpoint_dir"], str | os.PathLike):
-            raise ValueError(
-                f"checkpoint_dir must be a path; got {given['checkpoint_dir']!r}."
-            )
-        given["checkpoint_dir"] = pathlib.Path(given["checkpoint_dir"])
+    if directory is not None:
+        if not isinstance(directory, str | os.PathLike):
+            raise ValueError(f"checkpoint_dir must be a path; got {directory!r}.")
+        given["checkpoint_dir"] = pathlib.Path(directory)
     return Arguments(**given)

@@ -1,5 +1,6 @@
 """An emulated run: simulate the order, execute it exactly, save and resume anywhere."""
 
+import dataclasses
 import zlib
 from typing import Any
 
@@ -10,34 +11,43 @@ from dbjax.downpour.arguments import Arguments
 from dbjax.downpour.exact import Exact
 from dbjax.downpour.plan import make_plan
 from dbjax.downpour.problem import Problem
-from dbjax.downpour.provenance import check_same, describe_machine, describe_problem
+from dbjax.downpour.provenance import check_same, describe_machine, describe_run
 from dbjax.downpour.replay import finish, walk
 from dbjax.downpour.run import Run
-from dbjax.downpour.simulate import simulate
+from dbjax.downpour.simulate import simulate_run
 from dbjax.runtime import interrupts
 from dbjax.runtime.emulated import Emulated
 from dbjax.trace import COMPUTE, Trace
 
 DIGEST_EVERY = 100
-"""Every so many versions of each shard are checksummed into the Trace."""
+"""Every so many versions, a shard's parameters are checksummed into the Trace."""
 
 
-def run_emulated(problem: Problem, a: Arguments, runtime: Emulated) -> Run:
-    """Simulate the order, then execute it exactly."""
-    trace = simulate(
-        runtime.cluster, replicas=a.replicas, shards=a.shards, steps=a.steps,
-        n_fetch=a.n_fetch, n_push=a.n_push, seed=runtime.seed, protocol=a.protocol,
-        overlap=a.overlap, warmstart_steps=a.warmstart_steps,
-        parameter_bytes=problem.layout.nbytes,
-    )  # fmt: skip
+def run_emulated(problem: Problem, arguments: Arguments, runtime: Emulated) -> Run:
+    """Simulate the order, then execute it exactly.
+
+    Args:
+      problem: what is trained.
+      arguments: checked; they say where to resume and when to save.
+      runtime: the cluster and its seed.
+
+    Returns:
+      The run, with a digest of every `DIGEST_EVERY`-th version in its Trace.
+
+    Raises:
+      RejectedTooOften: training has come apart.
+      ValueError: the checkpoint is of another run.
+    """
+    a = arguments
+    trace = simulate_run(a, runtime.cluster, runtime.seed, problem.layout.nbytes)
     trace.header.update(describe_machine(problem))
     plan = make_plan(trace)
     machine = Exact(plan, problem, DIGEST_EVERY)
     evaluations: list[dict[str, Any]] = []
-    fingerprint = _fingerprint(trace)
+    mine = describe_run(a, problem, "emulated", _fingerprint(trace))
     resumed_at = 0
     if a.checkpoint_dir is not None and (saved := checkpoint.latest(a.checkpoint_dir)):
-        check_same(saved.note, a, problem, "emulated", fingerprint)
+        check_same(saved.note, mine, a.checkpoint_dir)
         machine.restore(saved.leaves, saved.note["machine"])
         evaluations, resumed_at = saved.note["evaluations"], saved.step
 
@@ -45,9 +55,7 @@ def run_emulated(problem: Problem, a: Arguments, runtime: Emulated) -> Run:
         if a.checkpoint_dir is None or step == resumed_at:
             return
         leaves, note = machine.leaves()
-        note = {"machine": note, "evaluations": evaluations, "kind": "emulated",
-                "arguments": a.describe(), "problem": describe_problem(problem),
-                "fingerprint": fingerprint}  # fmt: skip
+        note = mine | {"machine": note, "evaluations": evaluations}
         checkpoint.save(a.checkpoint_dir, step, leaves, note)
 
     def interrupt() -> None:
@@ -56,25 +64,26 @@ def run_emulated(problem: Problem, a: Arguments, runtime: Emulated) -> Run:
     try:
         with interrupts.deferred(lambda: machine.torn, interrupt):
             walk(
-                machine, plan, trace, a.eval_fn, a.eval_every, save,
-                a.checkpoint_every, evaluations,
-            )  # fmt: skip
+                machine,
+                plan,
+                trace,
+                a.eval_fn,
+                a.eval_every,
+                pause=save,
+                pause_every=a.checkpoint_every,
+                evaluations=evaluations,
+            )
     except BaseException:
         # Nothing that was trained is lost: Ctrl-C, or an error of the user's own code.
         step = int(np.count_nonzero(plan.compute[: machine.row]))
         if step > resumed_at and not machine.torn:
             save(step, evaluations)
         raise
+    run = finish(trace, machine, plan, "exact", evaluations, resumed_at)
     digests = np.zeros(len(trace), np.uint64)
     for row, value in machine.digests:
         digests[row] = value
-    run = finish(trace, machine, plan, "exact", evaluations, resumed_at)
-    trace = Trace.from_columns(
-        run.trace.header,
-        run.trace.evaluations,
-        **run.trace.columns() | {"digest": digests},
-    )
-    return run._replace(trace=trace)
+    return run._replace(trace=dataclasses.replace(run.trace, digest=digests))
 
 
 def _fingerprint(trace: Trace) -> str:

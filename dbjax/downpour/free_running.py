@@ -15,7 +15,18 @@ from dbjax.trace import COMPUTE, FETCH, JOIN, LEAVE, PUSH
 
 
 class Run(NamedTuple):
-    """What is simulated; `shard_bytes` `[S]` holds the size of each shard."""
+    """What is simulated.
+
+    Attributes:
+      cluster: how long everything takes; no shard queues and nobody fails.
+      seed: seed of its draws.
+      replicas: `R`.
+      steps: minibatches processed by all replicas together.
+      n_fetch: minibatches between a replica's fetches.
+      n_push: minibatches between its pushes.
+      warmstart_steps: steps that replica 0 takes alone.
+      shard_bytes: `[S]` the size of each shard.
+    """
 
     cluster: Cluster
     seed: int
@@ -115,9 +126,8 @@ def _round_trips(run: Run, ids: np.ndarray, first: int, count: int) -> np.ndarra
         for direction in (0, 1)
     )
     pushes = (turn > 0) & (turn % run.n_push == 0)
-    trips = (there + np.where(pushes[:, None], run.transfer, 0.0)) + (
-        back + run.transfer
-    )
+    there = there + np.where(pushes[:, None], run.transfer, 0.0)
+    trips = there + (back + run.transfer)
     return np.where(turn % run.n_fetch == 0, trips.max(axis=2), 0.0)
 
 
@@ -253,8 +263,7 @@ def _handle(
     Returns:
       When the turn's message arrived, `[N, S]`, and the shard's version then, `[N, S]`,
       both in sequence and meaningless at turns that send none; None if a message
-      overtook another. Where messages take no time, both have one column for all
-      shards.
+      overtook another. Where messages take no time, one column stands for all shards.
     """
     pushes = acts.count > 0
     time = turns.time[sequence]
@@ -262,10 +271,9 @@ def _handle(
         return time[:, None], np.cumsum(pushes)[:, None]
     sends = pushes | acts.fetches
     there = _latencies_there(run, turns)[sequence[sends]]
+    there = there + np.where(pushes[sends, None], run.transfer, 0.0)
     arrival = np.empty((len(time), run.shards))
-    arrival[sends] = time[sends, None] + (
-        there + np.where(pushes[sends, None], run.transfer, 0.0)
-    )
+    arrival[sends] = time[sends, None] + there
     if _overtakes(turns, sequence, sends, arrival):
         return None
     version = np.zeros(arrival.shape, np.int64)
@@ -335,9 +343,8 @@ def _rows(
     """Write the rows of all turns, in sequence."""
     shards = np.arange(run.shards)
     computes, pushes = acts.turn > 0, acts.count > 0
-    length = 1 * (acts.turn < 0) + computes + acts.stops
-    length += run.shards * pushes
-    length += run.shards * acts.fetches
+    joins = 1 * (acts.turn < 0)
+    length = joins + computes + acts.stops + run.shards * (1 * pushes + acts.fetches)
     end = np.cumsum(length)
     first = end - length
     rows = int(end[-1])

@@ -10,7 +10,12 @@ from dbjax.typing import Params
 
 
 class ReplicaHands:
-    """One replica's parameters, accrued gradients and local optimizer state."""
+    """One replica's parameters, accrued gradients and local optimizer state.
+
+    Args:
+      problem: what is trained.
+      replica: whose hands these are.
+    """
 
     def __init__(self, problem: Problem, replica: int) -> None:
         self.problem, self.replica = problem, replica
@@ -32,10 +37,8 @@ class ReplicaHands:
 
     def compute(self, batch: int, step: int) -> None:
         """Add the gradient of minibatch `batch` to the accrued gradients."""
-        problem = self.problem
-        gradients, finite = problem.gradient(
-            self.params, problem.batch(self.replica, batch), self.replica, batch
-        )
+        problem, examples = self.problem, self.problem.batch(self.replica, batch)
+        gradients, finite = problem.gradient(self.params, examples, self.replica, batch)
         finite = bool(finite)
         if problem.local_step is not None and problem.local_optimizer is not None:
             if self.local_state is None:
@@ -54,20 +57,27 @@ class ReplicaHands:
     def push(self, id_: int, step: int) -> list[Push]:
         """Give the accrued gradients away, a message a shard, and zero them."""
         parts = self.problem.split(self.accrued)
-        wants = "stale_params" in self.problem.provide
-        messages = []
-        for part, base in zip(parts, self.base, strict=True):
-            stale = None
-            if wants:
-                like = base.params
-                stale = jax.tree.map(
-                    lambda a, b: a.astype(b.dtype), self.problem.publish(like), like
-                )
-            messages.append(
-                Push(self.replica, id_, step, part, base.version, self.finite, stale)
+        messages = [
+            Push(
+                replica=self.replica,
+                id=id_,
+                step=step,
+                gradients=part,
+                base=base.version,
+                taken=self.finite,
+                stale_params=self._seen(base.params),
             )
+            for part, base in zip(parts, self.base, strict=True)
+        ]
         self.accrued, self.accrued_count = None, 0
         return messages
+
+    def _seen(self, params: Params) -> Params:
+        """A version as the gradient saw it, if the optimizer asks for that."""
+        if "stale_params" not in self.problem.provide:
+            return None
+        published = self.problem.publish(params)
+        return jax.tree.map(lambda a, b: a.astype(b.dtype), published, params)
 
     def count(self) -> int:
         """How many gradients are accrued."""

@@ -1,5 +1,6 @@
 """A live run on threads: drives the crew, evaluates, saves, brings home the Trace."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,20 +9,29 @@ import numpy as np
 from dbjax import checkpoint
 from dbjax.downpour.arguments import Arguments
 from dbjax.downpour.hands import ReplicaHands
-from dbjax.downpour.problem import Problem, digest
+from dbjax.downpour.problem import Problem, copy, digest
 from dbjax.downpour.program import make_program
-from dbjax.downpour.provenance import check_same, describe_machine, describe_problem
+from dbjax.downpour.provenance import check_same, describe_machine, describe_run
 from dbjax.downpour.run import Run, make_info
 from dbjax.runtime.base import RejectedTooOften
 from dbjax.runtime.live_shard import Snapshot
 from dbjax.runtime.recorder import COLUMNS, Recorder
 from dbjax.runtime.threads import Crew, ReplicaError, Threads
 from dbjax.server.shard import ShardState
-from dbjax.trace import COMPUTE, PUSH, SCHEMA, Trace
+from dbjax.trace import COMPUTE, PUSH, Trace
 
 
 class Live:
-    """A run on threads: drives the crew, evaluates, saves, brings home the Trace."""
+    """One run on threads, resumed where `arguments.checkpoint_dir` holds a checkpoint.
+
+    Args:
+      problem: what is trained.
+      arguments: checked.
+      runtime: the `Threads` settings.
+
+    Raises:
+      ValueError: the checkpoint is of another run.
+    """
 
     def __init__(
         self, problem: Problem, arguments: Arguments, runtime: Threads
@@ -34,35 +44,44 @@ class Live:
         self.resumed_at = 0
         self.local: dict[int, Any] = {}
         self.hands: dict[int, ReplicaHands] = {}
-        parts = problem.split(jax.tree.map(jax.numpy.copy, problem.params))
+        parts = problem.split(copy(problem.params))
         self.states = [problem.shard.init(part) for part in parts]
-        if a.checkpoint_dir is not None and (
-            saved := checkpoint.latest(a.checkpoint_dir)
-        ):
-            check_same(saved.note, a, problem, "threads", "")
+        self.description, where = describe_run(a, problem, "threads"), a.checkpoint_dir
+        if where is not None and (saved := checkpoint.latest(where)):
+            check_same(saved.note, self.description, where)
             self._restore(saved)
         # Tickets that a failed replica took with it are given out again.
         computed = self._computed()
         first = max(computed, default=-1) + 1
-        program = make_program(
-            a.replicas, a.shards, a.steps, a.n_fetch, a.n_push, a.overlap,
-            a.warmstart_steps, a.protocol, first, sorted(set(range(first)) - computed),
-        )  # fmt: skip
         self.crew = Crew(
-            program, self._make_hands, problem.shard, self.states,
-            problem.layout.nbytes, runtime, digest, self.recorder, self.batches,
+            make_program(a, first, again=sorted(set(range(first)) - computed)),
+            self._make_hands,
+            problem.shard,
+            self.states,
+            problem.layout.nbytes,
+            runtime,
+            digest,
+            self.recorder,
+            self.batches,
             self.ids,
-        )  # fmt: skip
+        )
 
     def run(self) -> Run:
-        """Run to the end, or to the first error."""
+        """Run to the end, or to the first error.
+
+        Returns:
+          The run.
+
+        Raises:
+          ReplicaError: a replica's thread failed; names replica and step.
+          RejectedTooOften: training has come apart.
+        """
         crew, a = self.crew, self.a
-        marks = {
-            "eval": (a.eval_every or 0) if a.eval_fn is not None else 0,
-            "checkpoint": (a.checkpoint_every or 0)
-            if a.checkpoint_dir is not None
-            else 0,
-        }
+        marks = {}
+        if a.eval_fn is not None and a.eval_every:
+            marks["eval"] = a.eval_every
+        if a.checkpoint_dir is not None and a.checkpoint_every:
+            marks["checkpoint"] = a.checkpoint_every
         left, failed = 0, None
         try:
             with crew.running(marks):
@@ -100,9 +119,8 @@ class Live:
         states = tuple(shard.state.optimizer_state for shard in crew.shards)
         versions = max(shard.most_versions for shard in crew.shards)
         peak = versions + 2 * a.replicas * (1 + (a.shards > 1))
-        return Run(
-            params, states, trace, make_info(trace, "live", peak, self.resumed_at)
-        )
+        info = make_info(trace, "live", peak, self.resumed_at)
+        return Run(params, states, trace, info)
 
     def _make_hands(self, replica: int) -> ReplicaHands:
         hands = self.hands[replica] = ReplicaHands(self.problem, replica)
@@ -124,8 +142,8 @@ class Live:
         if not done:
             parts = tuple(state.params for state in snapshot.states)
             params = self.problem.merge(parts)
-            if len(parts) == 1:
-                params = jax.tree.map(jax.numpy.copy, params)
+            if len(parts) == 1:  # it is the shard's own, which is recycled one day
+                params = copy(params)
             scalars = self.a.eval_fn(params, snapshot.step, snapshot.time)
             self.evaluations.append(
                 {"step": snapshot.step, "time": snapshot.time}
@@ -134,34 +152,26 @@ class Live:
         snapshot.release()
 
     def _trace(self) -> Trace:
-        a, recorder = self.a, self.recorder
-        columns = recorder.columns()
-        header = {
-            "schema": SCHEMA, "replicas": a.replicas, "shards": a.shards,
-            "steps": a.steps, "n_fetch": a.n_fetch, "n_push": a.n_push,
-            "overlap": a.overlap, "warmstart_steps": a.warmstart_steps,
-            "protocol": a.protocol.name, "runtime": "Threads",
-        } | describe_machine(self.problem)  # fmt: skip
-        trace = Trace.from_columns(header, tuple(self.evaluations), **columns)
+        """The rows that were recorded, with the digests in their places."""
+        recorder = self.recorder
+        header = {**self.a.describe(), "runtime": "Threads"}
+        header |= describe_machine(self.problem)
+        trace = Trace.from_columns(header, self.evaluations, **recorder.columns())
         digests = np.zeros(len(trace), np.uint64)
         last = [
             (shard.index, shard.state.version, digest(shard.state.params))
             for shard in self.crew.shards
         ]
         pushes = np.flatnonzero(trace.kind == PUSH)
-        names = zip(
-            trace.shard[pushes].tolist(), trace.version[pushes].tolist(), strict=True
-        )
-        row_of = dict(zip(names, pushes.tolist(), strict=True))
+        named = zip(trace.shard[pushes], trace.version[pushes], pushes, strict=True)
+        row_of = {(int(shard), int(version)): row for shard, version, row in named}
         for shard, version, value in [*recorder.digests, *last]:
             if (shard, version) in row_of:
                 digests[row_of[shard, version]] = value
-        return Trace.from_columns(
-            header, tuple(self.evaluations), **trace.columns() | {"digest": digests}
-        )
+        return dataclasses.replace(trace, digest=digests)
 
     def _save(self) -> None:
-        """Save; nothing is in flight."""
+        """Save if there is something new; nothing must be in flight."""
         a = self.a
         computed = len(self._computed())
         if a.checkpoint_dir is None or computed <= self.resumed_at:
@@ -175,20 +185,22 @@ class Live:
             for i, leaf in enumerate(jax.tree.leaves(hands.local_state)):
                 leaves[f"local{replica}/{i}"] = np.asarray(leaf)
         local = [r for r, one in self.hands.items() if one.local_state is not None]
-        header = {"schema": SCHEMA, "replicas": a.replicas, "shards": a.shards}
-        columns = Trace.from_columns(header, **self.recorder.columns())
-        for name, column in columns.columns().items():
-            leaves[f"trace/{name}"] = column
+        rows = Trace.from_columns(a.describe(), **self.recorder.columns())
+        leaves |= {f"trace/{name}": column for name, column in rows.columns().items()}
         note = {
-            "kind": "threads", "arguments": a.describe(), "fingerprint": "",
+            **self.description,
             "versions": [shard.state.version for shard in self.crew.shards],
-            "batches": self.batches, "ids": self.ids, "evaluations": self.evaluations,
-            "digests": self.recorder.digests, "time": self.recorder.now(),
-            "local": local, "problem": describe_problem(self.problem),
-        }  # fmt: skip
+            "batches": self.batches,
+            "ids": self.ids,
+            "evaluations": self.evaluations,
+            "digests": self.recorder.digests,
+            "time": self.recorder.now(),
+            "local": local,
+        }
         checkpoint.save(a.checkpoint_dir, computed, leaves, note)
 
     def _restore(self, saved: checkpoint.Saved) -> None:
+        """Go back to where `_save` was called."""
         note, problem = saved.note, self.problem
 
         def unpack(name: str, template: Any) -> Any:

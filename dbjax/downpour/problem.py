@@ -47,6 +47,7 @@ class Problem:
     local_optimizer: optax.GradientTransformation | None
     local_step: Callable[..., tuple[Params, Any]] | None
     version_dtype: Any
+    per_shard: bool
     batch_spec: tuple[Any, ...]
 
     def batch(self, replica: int, index: int) -> Batch:
@@ -147,6 +148,7 @@ def make_problem(
         local_optimizer=local_optimizer,
         local_step=None if local_optimizer is None else jax.jit(local_step),
         version_dtype=version_dtype,
+        per_shard=per_shard,
         batch_spec=shapes_of(first),
     )
 

@@ -2,43 +2,40 @@
 
 from collections.abc import Sequence
 
-from dbjax.downpour.protocol import Protocol
-from dbjax.downpour.replica import (
-    COMPUTE,
-    FETCH,
-    PUSH,
-    STOP,
-    TICKET,
-    Periods,
-    ReplicaState,
-    advance,
-    begin,
-)
+from dbjax.downpour import replica
+from dbjax.downpour.arguments import Arguments
 from dbjax.downpour.tickets import WAIT, Tickets
 from dbjax.runtime.base import Program, Requests
 
 
 def make_program(
-    replicas: int,
-    shards: int,
-    steps: int,
-    n_fetch: int,
-    n_push: int,
-    overlap: bool,
-    warmstart_steps: int,
-    protocol: Protocol,
-    first: int = 0,
-    again: Sequence[int] = (),
+    arguments: Arguments, first: int = 0, again: Sequence[int] = ()
 ) -> Program:
-    """Make the program of one run; see `Tickets` for `first` and `again`."""
+    """Make the program of one run, on whichever runtime.
+
+    Args:
+      arguments: checked.
+      first: the first new step, see `Tickets`.
+      again: steps below it that are still to be computed, see `Tickets`.
+
+    Returns:
+      The program; its desk is used up by the run.
+    """
+    a = arguments
     return Program(
-        begin,
-        advance,
-        ReplicaState(),
-        Periods(n_fetch, n_push, overlap),
-        Tickets(steps, protocol, warmstart_steps, first, again),
-        WAIT,
-        Requests(TICKET, FETCH, COMPUTE, PUSH, STOP),
-        replicas,
-        shards,
+        begin=replica.begin,
+        advance=replica.advance,
+        state=replica.ReplicaState(),
+        periods=replica.Periods(a.n_fetch, a.n_push, a.overlap),
+        tickets=Tickets(a.steps, a.protocol, a.warmstart_steps, first, again),
+        wait=WAIT,
+        requests=Requests(
+            ticket=replica.TICKET,
+            fetch=replica.FETCH,
+            compute=replica.COMPUTE,
+            push=replica.PUSH,
+            stop=replica.STOP,
+        ),
+        replicas=a.replicas,
+        shards=a.shards,
     )

@@ -10,7 +10,14 @@ from dbjax.downpour.problem import Problem
 
 
 def describe_machine(problem: Problem) -> dict[str, Any]:
-    """What a Trace's header says of the problem and the machine."""
+    """What a Trace's header says of the problem and the machine.
+
+    Args:
+      problem: what is trained.
+
+    Returns:
+      JSON-able: leaf shapes and dtypes, sizes, the version of JAX, device and threads.
+    """
     # Not from the data: iterators do not go back.
     shape = problem.batch_spec[1][0] if len(problem.batch_spec) > 1 else ()
     layout = problem.layout
@@ -48,19 +55,48 @@ def describe_problem(problem: Problem) -> dict[str, str]:
     }
 
 
-def check_same(
-    note: dict[str, Any], a: Arguments, problem: Problem, kind: str, fingerprint: str
-) -> None:
-    """Raise unless a checkpoint is of the run that these arguments describe."""
-    where = f"checkpoint_dir {os.fspath(a.checkpoint_dir)!r}"  # type: ignore[arg-type]
-    if note.get("kind") != kind:
+def describe_run(
+    arguments: Arguments, problem: Problem, kind: str, fingerprint: str = ""
+) -> dict[str, Any]:
+    """What a checkpoint's note says of its run, for `check_same`.
+
+    Args:
+      arguments: those of the run.
+      problem: what is trained.
+      kind: the kind of runtime.
+      fingerprint: of the order of events, where that is known beforehand.
+
+    Returns:
+      A part of the note, JSON-able.
+    """
+    return {
+        "kind": kind,
+        "arguments": arguments.describe(),
+        "problem": describe_problem(problem),
+        "fingerprint": fingerprint,
+    }
+
+
+def check_same(note: dict[str, Any], mine: dict[str, Any], directory: Any) -> None:
+    """Raise unless a checkpoint is of the run that goes on.
+
+    Args:
+      note: the checkpoint's.
+      mine: `describe_run` of the run that goes on.
+      directory: where the checkpoint is, for the message.
+
+    Raises:
+      ValueError: naming the first argument in which they differ.
+    """
+    where = f"checkpoint_dir {os.fspath(directory)!r}"
+    if note.get("kind") != mine["kind"]:
         raise ValueError(f"{where} holds a run of another runtime ({note.get('kind')})")
     theirs = note["arguments"] | note["problem"]
-    for name, value in (a.describe() | describe_problem(problem)).items():
+    for name, value in (mine["arguments"] | mine["problem"]).items():
         if theirs.get(name) != value:
             raise ValueError(
                 f"{where} holds a run with {name}={theirs.get(name)!r}, not "
                 f"{value!r}: use another directory, or the same arguments"
             )
-    if note["fingerprint"] != fingerprint:
+    if note["fingerprint"] != mine["fingerprint"]:
         raise ValueError(f"{where} holds a run on another cluster or seed")

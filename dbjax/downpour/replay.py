@@ -10,6 +10,7 @@ import optax
 
 from dbjax.downpour.compiled import Loop
 from dbjax.downpour.exact import Exact
+from dbjax.downpour.in_step import InStep, is_in_step
 from dbjax.downpour.plan import Plan, make_plan
 from dbjax.downpour.problem import Problem, make_problem
 from dbjax.downpour.recycled import Recycled
@@ -117,9 +118,11 @@ def make_machine(
             f"the Trace is replayed exactly, not compiled: {reason}", stacklevel=3
         )
         return Exact(plan, problem, digest_every), "exact"
-    if not small or problem.version_dtype is not None:
-        return Recycled(plan, problem), "recycled"
-    return Loop(plan, problem), "loop"
+    recycled = not small or problem.version_dtype is not None
+    make, name = (Recycled, "recycled") if recycled else (Loop, "loop")
+    if is_in_step(plan, problem):
+        return InStep(plan, problem, make), name
+    return make(plan, problem), name
 
 
 def walk(

@@ -13,7 +13,13 @@ TICKET, FETCH, COMPUTE, PUSH, STOP = "ticket", "fetch", "compute", "push", "stop
 
 
 class Periods(NamedTuple):
-    """How often a replica fetches and pushes, and whether it waits for either."""
+    """How often a replica fetches and pushes, and whether it waits for either.
+
+    Attributes:
+      n_fetch: it fetches before every `n_fetch`-th of its minibatches.
+      n_push: it pushes after every `n_push`-th.
+      overlap: whether both run beside the next minibatch.
+    """
 
     n_fetch: int = 1
     n_push: int = 1
@@ -61,7 +67,14 @@ def advance(
       minibatch?), `FETCH` (all shards; with `overlap` it lands later, except the
       first), `COMPUTE` (the gradient of minibatch `batch`, added to the accrued
       gradients, and the local step), `PUSH` (the accrued gradients, then zero them),
-      `STOP`.
+      or `STOP`.
+
+    >>> state, asked = begin(), []
+    >>> for ticket in (0, None, None, None, None):
+    ...     asked.append(state.asked)
+    ...     state = advance(state, Periods(), ticket)
+    >>> asked, state.asked
+    (['ticket', 'fetch', 'compute', 'push', 'ticket'], 'stop')
     """
     asked, batch, step, accrued, fresh = state
     if asked == TICKET:
@@ -73,10 +86,9 @@ def advance(
     if asked == FETCH:
         return ReplicaState(COMPUTE, batch, step, accrued, False)
     if asked == COMPUTE:
-        due = accrued + 1 == periods.n_push
-        return ReplicaState(
-            PUSH if due else TICKET, batch + 1, step, accrued + 1, False
-        )
+        batch, accrued = batch + 1, accrued + 1
+        asked = PUSH if accrued == periods.n_push else TICKET
+        return ReplicaState(asked, batch, step, accrued, False)
     if asked == PUSH:
         return ReplicaState(STOP if step < 0 else TICKET, batch, step, 0, fresh)
     return state

@@ -54,7 +54,17 @@ class Run(NamedTuple):
 
 
 def make_info(trace: Trace, executor: str, peak: int, resumed_at: int = 0) -> RunInfo:
-    """Read the diagnostics off a Trace."""
+    """Read the diagnostics off a Trace.
+
+    Args:
+      trace: of a finished run.
+      executor: what executed it, see `RunInfo`.
+      peak: the most parameter copies held at once.
+      resumed_at: the step from which it was taken up.
+
+    Returns:
+      The diagnostics.
+    """
     staleness, lost = trace.staleness(), trace.lost()
     known = staleness[staleness >= 0]
     pushes = int(np.count_nonzero(trace.kind == PUSH)) // max(1, trace.header["shards"])
@@ -73,7 +83,7 @@ def make_info(trace: Trace, executor: str, peak: int, resumed_at: int = 0) -> Ru
 
 
 def peak_copies(plan: Plan) -> int:
-    """Parameter copies held: versions, accrued gradients, working memory."""
-    waiting = 0 if plan.direct else plan.gradient_slots
-    merged = plan.shards > 1
-    return plan.slots + waiting + 1 + merged
+    """Parameter copies held at once: versions, accrued gradients, working memory."""
+    accrued = 0 if plan.direct else plan.gradient_slots
+    working = 1 + (plan.shards > 1)  # a gradient, and the whole that shards make up
+    return plan.slots + accrued + working

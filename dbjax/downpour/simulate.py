@@ -4,7 +4,6 @@ No protocol sees a value, so the order of a run is known before it trains anythi
 `replay` then turns the Trace and a problem into parameters.
 """
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from dbjax.cluster import Cluster
 from dbjax.downpour import free_running
+from dbjax.downpour.arguments import Arguments, check_arguments, whole
 from dbjax.downpour.program import make_program
 from dbjax.downpour.protocol import Protocol, asynchronous
 from dbjax.runtime import emulated
@@ -66,40 +66,55 @@ def simulate(
         raise TypeError(f"cluster must be a Cluster; got {cluster!r}.")
     if not isinstance(protocol, Protocol):
         raise TypeError(f"protocol must be a Protocol; got {protocol!r}.")
-    replicas = _whole("replicas", replicas, least=1)
-    shards = _whole("shards", shards, least=1)
-    steps = _whole("steps", steps, least=1)
-    n_fetch = _whole("n_fetch", n_fetch, least=1)
-    n_push = _whole("n_push", n_push, least=1)
-    seed = _whole("seed", seed, least=0)
-    warmstart_steps = _whole("warmstart_steps", warmstart_steps, least=0)
-    if not isinstance(overlap, bool):
-        raise ValueError(f"overlap must be True or False; got {overlap!r}.")
-    shard_bytes = _shard_bytes(parameter_bytes, shards)
-    columns = None
-    blind = protocol.free_running and not overlap
-    if blind and not cluster.queues and not cluster.fails:
-        columns = free_running.order(
-            free_running.Run(
-                *(cluster, seed, replicas, steps),
-                *(n_fetch, n_push, warmstart_steps, shard_bytes),
-            )
+    arguments = check_arguments(
+        replicas=replicas,
+        shards=shards,
+        steps=steps,
+        n_fetch=n_fetch,
+        n_push=n_push,
+        overlap=overlap,
+        warmstart_steps=warmstart_steps,
+        protocol=protocol,
+    )
+    shard_bytes = _shard_bytes(parameter_bytes, arguments.shards)
+    return simulate_run(arguments, cluster, whole("seed", seed, 0), shard_bytes)
+
+
+def simulate_run(
+    arguments: Arguments, cluster: Cluster, seed: int, shard_bytes: tuple[int, ...]
+) -> Trace:
+    """Simulate a run whose arguments are checked.
+
+    Args:
+      arguments: what decides the order of the run.
+      cluster: how long everything takes.
+      seed: seed of all draws.
+      shard_bytes: size of each shard, `[shards]`.
+
+    Returns:
+      The Trace.
+
+    Raises:
+      RuntimeError: if the protocol lets replicas wait for ever.
+    """
+    a, columns = arguments, None
+    waits = a.overlap or not a.protocol.free_running
+    if not (waits or cluster.queues or cluster.fails):
+        run = free_running.Run(
+            cluster=cluster,
+            seed=seed,
+            replicas=a.replicas,
+            steps=a.steps,
+            n_fetch=a.n_fetch,
+            n_push=a.n_push,
+            warmstart_steps=a.warmstart_steps,
+            shard_bytes=shard_bytes,
         )
-    if columns is None:
-        program = make_program(
-            *(replicas, shards, steps, n_fetch, n_push),
-            *(overlap, warmstart_steps, protocol),
-        )
-        columns = emulated.order(program, cluster, seed, shard_bytes)
+        columns = free_running.order(run)
+    if columns is None:  # or a message overtook another
+        columns = emulated.order(make_program(a), cluster, seed, shard_bytes)
     header = {
-        "replicas": replicas,
-        "shards": shards,
-        "steps": steps,
-        "n_fetch": n_fetch,
-        "n_push": n_push,
-        "overlap": overlap,
-        "warmstart_steps": warmstart_steps,
-        "protocol": protocol.name,
+        **a.describe(),
         "runtime": "Emulated",
         "seed": seed,
         "cluster": repr(cluster),
@@ -107,22 +122,10 @@ def simulate(
     return Trace.from_columns(header, **columns)
 
 
-def _whole(name: str, value: Any, least: int) -> int:
-    """Give `value` as an int of at least `least`."""
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or number < least:
-        kind = "a positive integer" if least else "an integer of at least 0"
-        raise ValueError(f"{name} must be {kind}; got {value!r}.")
-    return number
-
-
 def _shard_bytes(given: Any, shards: int) -> tuple[int, ...]:
     """Give the size of each shard; one number is cut evenly."""
     if not isinstance(given, Sequence | np.ndarray) or isinstance(given, str):
-        share, rest = divmod(_whole("parameter_bytes", given, least=0), shards)
+        share, rest = divmod(whole("parameter_bytes", given, 0), shards)
         return tuple(share + (shard < rest) for shard in range(shards))
     if len(given) != shards:
         raise ValueError(
@@ -130,6 +133,5 @@ def _shard_bytes(given: Any, shards: int) -> tuple[int, ...]:
             f"one number; got {len(given)} sizes."
         )
     return tuple(
-        _whole(f"parameter_bytes[{shard}]", size, least=0)
-        for shard, size in enumerate(given)
+        whole(f"parameter_bytes[{shard}]", size, 0) for shard, size in enumerate(given)
     )

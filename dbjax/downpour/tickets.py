@@ -15,9 +15,27 @@ WAIT = -1
 class Tickets:
     """Hands out the steps `again`, then `first, first + 1, ..., steps - 1`.
 
-    `again` are those below `first` that failed replicas took with them in a run before.
     During the first `warmstart_steps` replica 0 is alone: every other replica waits
     until it has finished them (the paper, section 4.1, warm start).
+
+    Args:
+      steps: steps in the whole run.
+      protocol: who may begin its next minibatch.
+      warmstart_steps: how many replica 0 takes alone.
+      first: the first step that was never handed out; above 0 after a resume.
+      again: steps below it that failed replicas took with them before the resume.
+
+    Attributes:
+      clocks: the minibatches that each replica has finished.
+      next: the next new step.
+      finished: minibatches finished by all replicas, lost ones included.
+      warm: whether the warm start is over.
+
+    >>> from dbjax.downpour.protocol import asynchronous
+    >>> desk = Tickets(steps=2, protocol=asynchronous())
+    >>> desk.enter(0)
+    >>> desk.ask(0), desk.ask(0), desk.ask(0)
+    (0, 1, None)
     """
 
     def __init__(
@@ -28,17 +46,12 @@ class Tickets:
         first: int = 0,
         again: Sequence[int] = (),
     ) -> None:
-        self.protocol, self.steps, self.warmstart_steps = (
-            protocol,
-            steps,
-            warmstart_steps,
-        )
-        self.clocks = Clocks()
+        self.protocol, self.clocks = protocol, Clocks()
+        self.steps, self.warmstart_steps = steps, warmstart_steps
         self.next, self.finished = first, first - len(again)
         self._again = list(again)
-        # Whether the warm start is over.
         self.warm = self.finished >= min(warmstart_steps, steps)
-        self._held: list[int] = []  # here, but not at the clocks before that
+        self._held: list[int] = []  # joined, but kept off the clocks until then
         self._asked_at = -1  # the slowest replica's round when waiters were last asked
 
     def enter(self, replica: int) -> None:

@@ -89,6 +89,7 @@ def train(
 
     Raises:
       ValueError: naming the argument, its value, and what is allowed.
+      TypeError: `loss_fn`, `data` or an optimizer is not what it should be.
       RejectedTooOften: training has come apart.
       ReplicaError: a replica's thread failed; names replica and step.
 

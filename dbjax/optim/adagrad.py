@@ -16,7 +16,7 @@ class ScaleByAdagradState(NamedTuple):
 
 
 def scale_by_adagrad() -> optax.GradientTransformationExtraArgs:
-    r"""Divide each gradient by the root of the sum of its squares so far.
+    r"""Divide each gradient by the root of its squares' sum (the paper, section 4.1).
 
     .. math::
       u_{i,K} = \Delta w_{i,K} \Big/ \sqrt{\textstyle\sum_{j=1}^{K} \Delta w_{i,j}^2}
@@ -30,6 +30,15 @@ def scale_by_adagrad() -> optax.GradientTransformationExtraArgs:
 
     Returns:
         An optax transformation with state `ScaleByAdagradState`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dbjax.optim import scale_by_adagrad
+        >>> rule = scale_by_adagrad()
+        >>> state = rule.init(jnp.zeros(2))
+        >>> updates, state = rule.update(jnp.array([3.0, 0.0]), state)
+        >>> updates.tolist(), state.sum_of_squares.tolist()
+        ([1.0, 0.0], [9.0, 0.0])
     """
 
     def init(params: Params) -> ScaleByAdagradState:
@@ -98,8 +107,8 @@ def _sum_dtype(leaf: jax.Array) -> jnp.dtype:
 
 
 def _divide(g: jax.Array, total: jax.Array) -> jax.Array:
-    # `where` stands between root and quotient, as XLA turns x / sqrt(y) into x * rsqrt(y),
-    # which is less exact; and x / inf = 0 wants no second one after the quotient. Both
-    # would round otherwise in other loops, so on other shards.
+    # XLA turns x / sqrt(y) into x * rsqrt(y), which is less exact: a `where` between
+    # root and quotient forbids that, and as x / inf = 0, none is needed behind it.
+    # Either would round differently in another loop, so on another shard.
     root = jnp.where(total == 0, jnp.inf, jnp.sqrt(total))
     return (g.astype(total.dtype) / root).astype(g.dtype)

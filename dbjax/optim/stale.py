@@ -56,6 +56,9 @@ def stale(
 ) -> optax.GradientTransformationExtraArgs:
     """Let gradients be taken at the parameters of `delay(t)` steps ago.
 
+    With `w(t)` the parameters before step `t`, `w(t+1) = w(t) + update(gradient at
+    w(t - delay(t)))`.
+
     The loop asks `stale_params(state, params)` where to take the gradient; the inner
     optimizer applies it to the newest parameters, and is handed `staleness=` (int32)
     and `stale_params=` if it takes extra arguments. The first steps are clipped to the
@@ -137,6 +140,13 @@ def stale_params(state: Any, params: Params) -> Params:
 
     Raises:
         ValueError: `state` holds no `StaleState`, or several.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> from dbjax.optim import stale, stale_params
+        >>> state = stale(optax.sgd(0.25), delays=1).init(jnp.array(8.0))
+        >>> print(stale_params(state, jnp.array(8.0)))  # nothing is older than step 0
+        8.0
     """
     nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, StaleState))
     found = [node for node in nodes if isinstance(node, StaleState)]
@@ -240,31 +250,28 @@ def _schedule(delays: Delays) -> np.ndarray:
         step = int(schedule.argmin())
         raise ValueError(f"delays[{step}]={schedule[step]}: allowed are 0 and more")
     # Nothing is older than its own step, so a large entry early on costs no memory.
-    if len(schedule) > 1:
-        last = schedule[-1:]
-        schedule = np.append(
-            np.minimum(schedule[:-1], np.arange(len(schedule) - 1)), last
-        )
-    return schedule.astype(np.int32)
+    before_last = np.minimum(schedule[:-1], np.arange(len(schedule) - 1))
+    return np.append(before_last, schedule[-1:]).astype(np.int32)
 
 
 def _trace_delays(trace: Trace) -> np.ndarray:
     """Give the staleness of each push, if one delay per step tells the whole run."""
     pushes = trace.kind == PUSH
-    several = trace.count[pushes] != 1
-    if several.any() or (trace.status[pushes] != TAKEN).any():
+    if (trace.count[pushes] != 1).any() or (trace.status[pushes] != TAKEN).any():
         raise ValueError(
             "the Trace has pushes that sum several gradients or were not taken, which "
             "no delay per step describes: use dbjax.replay"
         )
     staleness = trace.staleness()
-    if (staleness < 0).any():
-        push = int((staleness < 0).any(axis=1).argmax())
+    unknown = (staleness < 0).any(axis=1)
+    if unknown.any():
+        push = int(unknown.argmax())
         raise ValueError(
             f"push {push} of the Trace did not reach a shard, or its base is not known"
         )
-    if (staleness != staleness[:, :1]).any():
-        step = int((staleness != staleness[:, :1]).any(axis=1).argmax())
+    differs = (staleness != staleness[:, :1]).any(axis=1)
+    if differs.any():
+        step = int(differs.argmax())
         raise ValueError(
             f"push {step} of the Trace is {staleness[step].tolist()} versions stale on "
             "its shards, which no delay per step describes: use dbjax.replay"
@@ -274,23 +281,27 @@ def _trace_delays(trace: Trace) -> np.ndarray:
 
 def _ring(tree: Params, slots: int) -> Params:
     """Give every leaf `slots` times, in memory of its own."""
-    return jax.tree.map(
-        lambda leaf: jnp.tile(leaf, (slots, *[1] * jnp.ndim(leaf))), tree
-    )
+
+    def repeat(leaf: jax.Array) -> jax.Array:
+        return jnp.tile(leaf, (slots, *[1] * jnp.ndim(leaf)))
+
+    return jax.tree.map(repeat, tree)
 
 
 def _put(ring: Params, tree: Params, slot: jax.Array) -> Params:
-    return jax.tree.map(
-        lambda r, leaf: jax.lax.dynamic_update_index_in_dim(
-            r, jnp.asarray(leaf, r.dtype), slot, 0
-        ),
-        ring,
-        tree,
-    )
+    """Put every leaf into its ring at `slot`."""
+
+    def put(slots: jax.Array, leaf: jax.Array) -> jax.Array:
+        value = jnp.asarray(leaf, slots.dtype)
+        return jax.lax.dynamic_update_index_in_dim(slots, value, slot, 0)
+
+    return jax.tree.map(put, ring, tree)
 
 
 def _unshared(state: Any) -> Any:
     """Copy the arrays: some optimizers share buffers, which cannot be donated."""
-    return jax.tree.map(
-        lambda leaf: jnp.array(leaf) if isinstance(leaf, jax.Array) else leaf, state
-    )
+
+    def copy(leaf: Any) -> Any:
+        return jnp.array(leaf) if isinstance(leaf, jax.Array) else leaf
+
+    return jax.tree.map(copy, state)

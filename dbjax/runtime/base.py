@@ -27,11 +27,9 @@ class Program(NamedTuple):
 
     Attributes:
       begin: `(state) -> state`, the state in which a replica starts, or starts again.
-      advance: `(state, periods, ticket=None) -> state`, after a request was carried
-        out.
+      advance: `(state, periods, ticket=None) -> state`, after a request is served.
       state: the state before the beginning.
-      periods: what `advance` is given; `periods.overlap` says whether a fetch is
-        awaited.
+      periods: given to `advance`; with `periods.overlap` a fetch is not awaited.
       tickets: the desk, used up by one run.
       wait: the desk's answer that means: ask again later.
       requests: the actor's words.
@@ -55,7 +53,13 @@ MOST_REJECTED = 100
 
 
 class RejectedTooOften(RuntimeError):
-    """Training has come apart: no push is finite any more."""
+    """Training has come apart: no push is finite any more.
+
+    Args:
+      times: pushes in a row that were not finite.
+      replica: who sent the last of them.
+      step: the newest ticket in it.
+    """
 
     def __init__(self, times: int, replica: int, step: int) -> None:
         super().__init__(

@@ -1,10 +1,10 @@
 """The emulated runtime: one thread, a virtual clock, everything drawn from a seed."""
 
 import dataclasses
-import operator
 from typing import Any
 
 from dbjax.cluster import Cluster
+from dbjax.cluster.distributions import check_whole
 from dbjax.runtime.base import Program
 from dbjax.runtime.events import Events
 
@@ -15,7 +15,11 @@ class Emulated:
 
     Attributes:
       cluster: how long everything takes.
-      seed: seed of the cluster's draws.
+      seed: seed of the cluster's draws, an integer of at least 0.
+
+    Raises:
+      TypeError: `cluster` is no Cluster.
+      ValueError: `seed` is no integer, or negative.
 
     >>> Emulated(Cluster(step_time=1.0), seed=3).seed
     3
@@ -28,15 +32,7 @@ class Emulated:
         """Check both."""
         if not isinstance(self.cluster, Cluster):
             raise TypeError(f"cluster must be a Cluster; got {self.cluster!r}.")
-        try:
-            seed = -1 if isinstance(self.seed, bool) else operator.index(self.seed)
-        except TypeError:
-            seed = -1
-        if seed < 0:
-            raise ValueError(
-                f"seed must be an integer of at least 0; got {self.seed!r}."
-            )
-        object.__setattr__(self, "seed", seed)
+        object.__setattr__(self, "seed", check_whole("seed", self.seed))
 
 
 def order(

@@ -54,14 +54,11 @@ class Events:
         self._overlap = self._periods.overlap
         self._cluster, self._seed, self._shard_bytes = cluster, seed, shard_bytes
         self._rows = Rows()
-        takes, clocks = self._desk.protocol.takes, self._desk.clocks
+        takes = None
+        if not self._free:
+            takes = functools.partial(self._desk.protocol.takes, self._desk.clocks)
         self._network = Network(
-            cluster,
-            seed,
-            replicas,
-            shard_bytes,
-            None if self._free else lambda *push: takes(clocks, *push),
-            self._rows,
+            cluster, seed, replicas, shard_bytes, takes=takes, rows=self._rows
         )
         self._quick = self._network.near and not self._overlap
         draw = functools.partial(cluster.compute_times, seed)
@@ -86,7 +83,14 @@ class Events:
         heapq.heapify(self._heap)
 
     def run(self) -> dict[str, np.ndarray]:
-        """Let everything happen; give the columns of the Trace."""
+        """Let everything happen.
+
+        Returns:
+          Columns for `Trace.from_columns`.
+
+        Raises:
+          RuntimeError: replicas are left that wait for ever.
+        """
         heap, pop, end = self._heap, heapq.heappop, self._end
         others = {
             _JOIN: self._join,
@@ -104,7 +108,7 @@ class Events:
                 continue
             now, replica, what = event
             self._turn += 1
-            if not self._turn % _PACK:
+            if self._turn % _PACK == 0:
                 self._rows.pack()
             if what == _END:
                 end(replica, now)

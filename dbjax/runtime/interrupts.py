@@ -13,6 +13,13 @@ def deferred(busy: Callable[[], bool], ask: Callable[[], None]) -> Iterator[None
 
     A second Ctrl-C raises in any case. Outside the main thread, or where the program
     has its own way with Ctrl-C, nothing is changed.
+
+    Args:
+      busy: whether Ctrl-C must wait, asked at the moment it comes.
+      ask: takes note of it; called from the signal handler, so it must be brief.
+
+    Yields:
+      None; the usual handler is back afterwards.
     """
     usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if not usual or threading.current_thread() is not threading.main_thread():

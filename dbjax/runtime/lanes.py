@@ -23,11 +23,14 @@ def spread(work: Callable[[T], U], items: Sequence[T]) -> list[U]:
 
     Returns:
       The results, in the items' order.
+
+    >>> spread(lambda x: x * x, [1, 2, 3])
+    [1, 4, 9]
     """
     devices = jax.local_devices()
-    threads = max(len(devices), os.cpu_count() or 1)
-    if devices[0].platform != "cpu":
-        threads = len(devices)
+    threads = len(devices)
+    if devices[0].platform == "cpu":
+        threads = max(threads, os.cpu_count() or 1)
 
     def one(index: int) -> U:
         with jax.default_device(devices[index % len(devices)]):

@@ -22,7 +22,7 @@ _FIRST, _MOST = 16, 512  # draws taken ahead for one replica, at first and at mo
 def ahead(
     draw: Callable[[np.ndarray, int, int], np.ndarray], replicas: int
 ) -> list[Iterator[Any]]:
-    """Give each replica's draws of steps 0, 1, 2, ..., asking for many at a time.
+    """Give each replica's draws for steps 0, 1, 2, ..., asking for many at a time.
 
     Args:
       draw: `(replicas [R], first, count) -> [R, count, ...]`.
@@ -78,9 +78,8 @@ class Message:
       stands: number of the turn at which the rows of the fetch stand.
     """
 
-    __slots__ = (
-        *("replica", "turn", "sent", "push", "step", "then"),
-        *("open", "there", "back", "over", "versions", "stands"),
+    __slots__ = tuple(
+        "replica turn sent push step then open there back over versions stands".split()
     )
 
     def __init__(
@@ -251,12 +250,8 @@ class Network:
         if takes is not None and not takes(replica, version - 1 - base):
             status = DROPPED
         self.versions[shard] = self._made[replica][shard] = version
-        self._rows.push.append(
-            (
-                *(done, turn, start, replica, shard, push.step),
-                *(version, base, push.count, status, push.id),
-            )
-        )
+        row = done, turn, start, replica, shard, push.step
+        self._rows.push.append((*row, version, base, push.count, status, push.id))
         return done
 
     def _serve(
@@ -274,5 +269,5 @@ class Network:
         return served, turn, seen
 
 
-def _mean(value: Any) -> float:
-    return value.mean
+def _mean(distribution: Any) -> float:
+    return distribution.mean  # a number given as one became a `Constant`

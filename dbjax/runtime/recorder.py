@@ -4,13 +4,21 @@ import time
 from typing import Any
 
 COLUMNS = (
-    "kind", "time", "start", "replica", "shard", "step", "batch", "version", "base",
-    "count", "status", "bytes", "id",
-)  # fmt: skip
+    "kind time start replica shard step batch version base count status bytes id"
+).split()
 
 
 class Recorder:
-    """Rows of the Trace, appended in causal order by whoever makes them."""
+    """Rows of the Trace, appended in causal order by whoever makes them.
+
+    Args:
+      offset: seconds that the run has lasted already, where it is resumed.
+
+    Attributes:
+      zero: when the run began, on this process's clock.
+      rows: tuples of `COLUMNS`.
+      digests: `(shard, version, checksum)` of some versions.
+    """
 
     def __init__(self, offset: float = 0.0) -> None:
         self.zero = time.perf_counter() - offset

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from dbjax.trace import COMPUTE, FAIL, FETCH, JOIN, LEAVE, PUSH, RESTART
+from dbjax.trace import COMPUTE, FAIL, FETCH, JOIN, KIND_NAMES, LEAVE, PUSH, RESTART
+from dbjax.trace.columns import COLUMNS
 
 # Where a kind's rows stand among those of one turn and time.
-_RANK = np.zeros(7, np.int8)
+_RANK = np.zeros(len(KIND_NAMES), np.int8)
 _RANK[[JOIN, RESTART, COMPUTE, PUSH, FETCH, FAIL, LEAVE]] = 0, 0, 1, 2, 3, 4, 4
 
 _FIELDS = {
@@ -19,31 +20,19 @@ _FIELDS = {
 }
 _KINDS = {"compute": COMPUTE, "push": PUSH, "fetch": FETCH}
 
-# Name -> (dtype, the value that says "none").
-_COLUMNS: dict[str, tuple[Any, int]] = {
-    "kind": (np.uint8, 0),
-    "time": (np.float64, 0),
-    "turn": (np.int64, 0),
-    "start": (np.float64, 0),
-    "replica": (np.int32, 0),
-    "shard": (np.int32, -1),
-    "step": (np.int64, -1),
-    "batch": (np.int64, -1),
-    "version": (np.int64, -1),
-    "base": (np.int64, -1),
-    "count": (np.int32, 0),
-    "status": (np.uint8, 0),
-    "id": (np.int64, -1),
-}
+# What rows say, and as what: name -> (dtype, the value that says "none").
+_NAMES = tuple(dict.fromkeys(["kind", *" ".join(_FIELDS.values()).split()]))
+_TYPES: dict[str, tuple[Any, int]] = COLUMNS | {"turn": (np.int64, 0)}
 
 
 class Rows:
     """Rows as tuples of numbers, a list per form of row, to which anyone may append.
 
+    The fields are those of `_FIELDS`: Trace columns, and the `turn` (see `Events`).
+
     Attributes:
       compute: `(time, turn, start, replica, step, batch)`.
-      push: `(time, turn, start, replica, shard, step, version, base, count, status,
-        id)`.
+      push: `(time, turn, start, replica, shard, step, version, base, count, ...)`.
       fetch: `(time, turn, start, replica, shard, step, version)`.
       other: `(time, turn, start, replica, kind, step, count)`.
     """
@@ -77,7 +66,7 @@ class Rows:
         self.pack()
         tables = {form: np.concatenate(self._packed[form]) for form in _FIELDS}
         self._packed.clear()
-        columns = {name: _column(name, tables) for name in _COLUMNS}
+        columns = {name: _column(name, tables) for name in _NAMES}
         del tables
         rank = _RANK[columns["kind"]]
         turn = columns.pop("turn")
@@ -89,8 +78,8 @@ class Rows:
 
 
 def _column(name: str, tables: dict[str, np.ndarray]) -> np.ndarray:
-    """Give one column, the rows of one form after those of the other."""
-    dtype, none = _COLUMNS[name]
+    """Give one column: the rows of each form after those of the form before."""
+    dtype, none = _TYPES[name]
     parts = []
     for form, table in tables.items():
         fields = _FIELDS[form].split()

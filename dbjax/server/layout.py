@@ -1,14 +1,14 @@
 """How a pytree of parameters lies on shards; knows nothing of optimizers or versions.
 
 Letters: `S` shards. A shard holds **boxes**: whole leaves, or slices of them that keep
-  the
-leaf's rank and path, so that masks and labels by path or rank mean the same on a shard
-as on the whole. A leaf that a shard does not hold is `None` there, which JAX treats as
-an empty subtree. Only where shards are so small that slices cannot balance them is a
-leaf cut into flat runs, which lose its rank.
+the leaf's rank and path, so that masks and labels by path or rank mean the same on a
+shard as on the whole. A leaf that a shard does not hold is `None` there, which JAX
+treats as an empty subtree. Only where shards are so small that slices cannot balance
+them is a leaf cut into flat runs, which lose its rank.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -21,9 +21,23 @@ from dbjax.typing import Params
 
 SPLITS = ("even", "leaf")
 
+_LANES = 16
+"""Float32 lanes of the widest vector registers.
+
+XLA may round the last few elements of a row, which do not fill a register, differently
+from the others. Cuts across the last axis at multiples of this leave every element
+where it was in its register, so that shards agree bit for bit with the whole.
+"""
+
 
 class Box(NamedTuple):
-    """The part `[start, stop)` of one leaf."""
+    """The part `[start, stop)` of one leaf.
+
+    Attributes:
+      leaf: the leaf's index in the flattened tree.
+      start: first index along each axis; one axis only where the leaf is cut flat.
+      stop: the index after the last along each axis.
+    """
 
     leaf: int
     start: tuple[int, ...]
@@ -39,6 +53,13 @@ class Box(NamedTuple):
         """Number of elements."""
         return math.prod(self.shape)
 
+    def of(self, leaf: Any) -> Any:
+        """Give this part of a whole leaf; one that has lost its rank is cut flat."""
+        if leaf.shape == self.shape:
+            return leaf
+        flat = leaf.reshape(-1) if len(self.start) != leaf.ndim else leaf
+        return flat[tuple(map(slice, self.start, self.stop))]
+
     def cut(self, axis: int, at: int) -> tuple["Box", "Box"]:
         """Cut in two across `axis`, `at` counted from the box's start."""
         middle = self.start[axis] + at
@@ -47,20 +68,13 @@ class Box(NamedTuple):
         return Box(self.leaf, self.start, stop), Box(self.leaf, start, self.stop)
 
 
-_LANES = 16
-"""Float32 lanes of the widest vector registers. XLA may round the last few elements of
-a
-row, which do not fill a register, differently from the others: cuts across the last
-  axis
-at multiples of this leave every element where it was, so that shards agree bit for
-bit."""
-
-
 def _cuts(box: Box, wanted: int) -> Iterator[tuple[int, int, int]]:
-    """Ways to cut off about `wanted` elements, best first: `(missed, axis, at)`."""
+    """Ways to cut off about `wanted` elements, cleanest first: `(missed, axis, at)`."""
+    if not box.shape:
+        return
     last = len(box.shape) - 1
-    units = [(axis, _LANES if axis == last else 1) for axis in range(last + 1)]
-    for axis, unit in [*units, (last, 1)] if units else []:
+    clean = [(axis, 1) for axis in range(last)] + [(last, _LANES)]
+    for axis, unit in [*clean, (last, 1)]:
         length = box.shape[axis]
         at = unit * round(wanted * length / box.size / unit)
         if 0 < at < length:
@@ -70,8 +84,7 @@ def _cuts(box: Box, wanted: int) -> Iterator[tuple[int, int, int]]:
 def _halve(boxes: list[Box], target: int, slack: float) -> tuple[list[Box], list[Box]]:
     """Cut boxes in two groups, the left of about `target` elements.
 
-    Largest first; what one box's rows are too coarse to fill, the next smaller one
-    fills.
+    Largest first: what one box's rows are too coarse to fill, a smaller box fills.
     """
     left, right, wanted = [], [], target
     for box in sorted(boxes, key=lambda box: -box.size):
@@ -140,7 +153,20 @@ def _whole_leaves(boxes: list[Box], shards: int) -> list[list[Box]]:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A pytree's place on `S` shards: `split` and `merge` are each other's inverse."""
+    """A pytree's place on `S` shards: `split` and `merge` are each other's inverse.
+
+    Attributes:
+      treedef: the tree's structure.
+      names: each leaf's path, for messages.
+      shapes: each leaf's shape.
+      dtypes: each leaf's dtype.
+      boxes: `[S]` what each shard holds.
+
+    >>> params = {"w": np.ones((4, 16)), "b": np.ones(4)}
+    >>> layout = Layout.of(params, shards=2)
+    >>> [jax.tree.map(np.shape, part) for part in layout.split(params)]
+    [{'b': (2,), 'w': (2, 16)}, {'b': (2,), 'w': (2, 16)}]
+    """
 
     treedef: Any
     names: tuple[str, ...]
@@ -180,33 +206,40 @@ class Layout:
             )
         cut = _even if split == "even" else _whole_leaves
         return cls(
-            treedef,
-            names,
-            tuple(x.shape for x in leaves),
-            tuple(x.dtype for x in leaves),
-            tuple(tuple(sorted(mine)) for mine in cut(boxes, shards)),
+            treedef=treedef,
+            names=names,
+            shapes=tuple(x.shape for x in leaves),
+            dtypes=tuple(x.dtype for x in leaves),
+            boxes=tuple(tuple(sorted(mine)) for mine in cut(boxes, shards)),
         )
 
     @property
     def shards(self) -> int:
-        """How many shards."""
+        """How many shards, `S`."""
         return len(self.boxes)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Parameters on each shard."""
+        """Parameters on each shard, `[S]`."""
         return tuple(sum(box.size for box in mine) for mine in self.boxes)
 
     @property
     def nbytes(self) -> tuple[int, ...]:
-        """Bytes on each shard."""
+        """Bytes on each shard, `[S]`."""
         return tuple(
             sum(box.size * self.dtypes[box.leaf].itemsize for box in mine)
             for mine in self.boxes
         )
 
     def split(self, tree: Params) -> tuple[Params, ...]:
-        """Cut a tree like the parameters into one tree per shard (pure, jit-safe)."""
+        """Cut a tree like the parameters into one tree per shard (pure, jit-safe).
+
+        Args:
+          tree: of the structure and shapes that were laid out.
+
+        Returns:
+          `[S]` trees of that structure; leaves a shard does not hold are None.
+        """
         if self.shards == 1:
             return (tree,)
         leaves = self.treedef.flatten_up_to(tree)
@@ -214,16 +247,19 @@ class Layout:
         for mine in self.boxes:
             held: list[Any] = [None] * len(leaves)
             for box in mine:
-                leaf = leaves[box.leaf]
-                whole = box.shape == self.shapes[box.leaf]
-                flat = leaf.reshape(-1) if len(box.start) != leaf.ndim else leaf
-                slices = tuple(map(slice, box.start, box.stop))
-                held[box.leaf] = leaf if whole else flat[slices]
+                held[box.leaf] = box.of(leaves[box.leaf])
             parts.append(jax.tree.unflatten(self.treedef, held))
         return tuple(parts)
 
     def merge(self, parts: tuple[Params, ...]) -> Params:
-        """Put the shards' trees together again (pure, jit-safe)."""
+        """Put the shards' trees together again (pure, jit-safe).
+
+        Args:
+          parts: `[S]` trees as `split` gives them.
+
+        Returns:
+          The whole tree.
+        """
         if self.shards == 1:
             return parts[0]
         pieces: list[list[tuple[Box, Any]]] = [[] for _ in self.shapes]
@@ -242,22 +278,16 @@ def _assemble(pieces: list[tuple[Box, Any]]) -> jax.Array:
     """Join boxes into the leaf they tile: find the axis of the first cut, recurse."""
     if len(pieces) == 1:
         return pieces[0][1]
-    low = np.min([box.start for box, _ in pieces], axis=0)
-    high = np.max([box.stop for box, _ in pieces], axis=0)
-    for axis in range(len(low)):
-        ends = sorted(
-            {box.stop[axis] for box, _ in pieces if box.stop[axis] < high[axis]}
-        )
-        clean = [
-            at
-            for at in ends
-            if not any(box.start[axis] < at < box.stop[axis] for box, _ in pieces)
-        ]
-        if clean:
-            edges = [int(low[axis]), *clean, int(high[axis])]
+    for axis in range(len(pieces[0][0].start)):
+        spans = [(box.start[axis], box.stop[axis]) for box, _ in pieces]
+        low, high = min(a for a, _ in spans), max(b for _, b in spans)
+        ends = {b for _, b in spans if b < high}
+        cuts = sorted(at for at in ends if not any(a < at < b for a, b in spans))
+        if cuts:
+            edges = itertools.pairwise([low, *cuts, high])
             runs = [
                 [piece for piece in pieces if a <= piece[0].start[axis] < b]
-                for a, b in zip(edges[:-1], edges[1:], strict=True)
+                for a, b in edges
             ]
             return jnp.concatenate([_assemble(run) for run in runs], axis)
     raise AssertionError("boxes do not come from cuts")
@@ -273,7 +303,15 @@ def _as_array(name: str, leaf: Any) -> jax.Array:
 
 
 def check_params(names: tuple[str, ...], leaves: list[jax.Array]) -> None:
-    """Raise if there is nothing to train, or a leaf is not a non-empty float array."""
+    """Raise if there is nothing to train, or a leaf is not a non-empty float array.
+
+    Args:
+      names: each leaf's path, for the message.
+      leaves: the leaves.
+
+    Raises:
+      ValueError: naming the leaf and what is wrong with it.
+    """
     if not leaves:
         raise ValueError("params holds no arrays: there is nothing to train")
     for name, leaf in zip(names, leaves, strict=True):

@@ -6,24 +6,40 @@ from dbjax.typing import Gradients, Params
 
 
 class Fetch(NamedTuple):
-    """Ask a shard for its parameters."""
+    """Ask a shard for its parameters.
+
+    Attributes:
+      replica: who asks.
+      step: the ticket it asks for.
+    """
 
     replica: int
     step: int
 
 
 class Fetched(NamedTuple):
-    """A shard's parameters and the version they are."""
+    """The answer to a `Fetch`.
+
+    Attributes:
+      params: the shard's parameters; whoever holds them must not change them.
+      version: the version they are.
+    """
 
     params: Params
     version: int
 
 
 class Push(NamedTuple):
-    """The sum of a replica's gradients since its last push.
+    """The sum of a replica's gradients since its last push; `(replica, id)` names it.
 
-    `base` is the version the oldest of them was computed on, and `stale_params` that
-    version itself, for rules that ask for it. `(replica, id)` names the push.
+    Attributes:
+      replica: who pushes.
+      id: the replica's own push counter, the same on every shard.
+      step: the newest ticket among the gradients.
+      gradients: their sum, the shard's part of it.
+      base: the shard's version that the oldest of them was computed on.
+      taken: False where the push counts a version and changes nothing.
+      stale_params: the parameters of version `base`, for rules that ask for them.
     """
 
     replica: int
@@ -36,6 +52,6 @@ class Push(NamedTuple):
 
 
 class Pushed(NamedTuple):
-    """The version after a push."""
+    """The answer to a `Push`: the shard's version after it."""
 
     version: int

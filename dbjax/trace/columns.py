@@ -102,7 +102,14 @@ def describe_row(trace: Any, row: int) -> str:
 
 
 def check_header(header: Any) -> None:
-    """Raises ValueError unless the header says schema, replicas and shards."""
+    """Raises ValueError unless the header says schema, replicas and shards.
+
+    Args:
+        header: what should be one.
+
+    Raises:
+        ValueError: naming the key and what it must be.
+    """
     if not isinstance(header, Mapping):
         raise ValueError(f"header must be a dict, not {type(header).__name__}")
     for name in ("schema", "replicas", "shards"):
@@ -119,7 +126,14 @@ def check_header(header: Any) -> None:
 
 
 def check_columns(columns: Sequence[np.ndarray]) -> None:
-    """Raises ValueError unless the columns are `[rows]` arrays of their dtypes."""
+    """Raises ValueError unless the columns are `[rows]` arrays of their dtypes.
+
+    Args:
+        columns: all of them, in the order of `COLUMNS`.
+
+    Raises:
+        ValueError: naming the column and what it must be.
+    """
     rows = len(columns[0]) if np.ndim(columns[0]) else 0
     for (name, (dtype, _)), values in zip(COLUMNS.items(), columns, strict=True):
         if not isinstance(values, np.ndarray) or values.dtype != dtype:

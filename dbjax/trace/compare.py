@@ -11,7 +11,10 @@ _ABSENT = object()
 
 
 def diff(one: "Trace", other: "Trace") -> str | None:
-    """Names the first row, header key and evaluation that differ; None if none do."""
+    """Names the first row, header key and evaluation that differ; None if none do.
+
+    Two NaNs in the same place do not differ.
+    """
     findings = [
         *_rows(one, other),
         *_header(one.header, other.header),
@@ -25,7 +28,7 @@ def _rows(one: "Trace", other: "Trace") -> list[str]:
     first = shared
     for name in columns.COLUMNS:
         mine, theirs = getattr(one, name)[:first], getattr(other, name)[:first]
-        differs = (mine != theirs) & ((mine == mine) | (theirs == theirs))
+        differs = (mine != theirs) & ((mine == mine) | (theirs == theirs))  # not NaNs
         if differs.any():  # earlier than every column before: only `first` rows
             first = int(differs.argmax())
     if first < shared:

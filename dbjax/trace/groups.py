@@ -29,7 +29,11 @@ def groups(keys: Keys) -> tuple[np.ndarray, np.ndarray]:
 
 
 def running_sum(keys: Keys, values: np.ndarray) -> np.ndarray:
-    """Sums `values` `[n]` up to and with each row, within its group; int64 `[n]`."""
+    """Sums `values` `[n]` up to and with each row, within its group; int64 `[n]`.
+
+    >>> running_sum((np.array([7, 8, 7]),), np.array([1, 10, 2]))
+    array([ 1, 10,  3])
+    """
     order, begins = groups(keys)
     values = values[order].astype(np.int64)
     total = np.cumsum(values)
@@ -40,7 +44,11 @@ def running_sum(keys: Keys, values: np.ndarray) -> np.ndarray:
 
 
 def not_rising(keys: Keys, values: np.ndarray, least: int) -> np.ndarray:
-    """Marks rows less than `least` above the row before in the group; bool `[n]`."""
+    """Marks rows less than `least` above the row before in the group; bool `[n]`.
+
+    >>> not_rising((np.array([7, 8, 7]),), np.array([4, 0, 4]), least=1)
+    array([False, False,  True])
+    """
     order, begins = groups(keys)
     result = np.zeros(len(order), bool)
     result[order[1:]] = (np.diff(values[order]) < least) & ~begins[1:]

@@ -19,6 +19,15 @@ def delay_columns(delays: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns header and columns of a run whose push `t` has staleness `delays[t]`.
 
     Gradient `t` is one fetch of version `t - delays[t]`, one minibatch and one push.
+
+    Args:
+        delays: int array `[steps]`, `0 <= delays[t] <= t`.
+
+    Returns:
+        Header and columns for `Trace.from_columns`.
+
+    Raises:
+        ValueError: naming the step whose delay is not possible.
     """
     delays = _checked_delays(delays)
     steps = np.arange(len(delays))
@@ -93,6 +102,12 @@ def _assign(order: np.ndarray, replicas: int) -> np.ndarray:
 def causal_order(trace: "Trace") -> np.ndarray:
     """Returns the order `[rows]`, nearest to the clock, in which rows can have been.
 
+    Args:
+        trace: rows in any order, with values in range.
+
+    Returns:
+        Indices of the rows, in a causal order.
+
     Raises:
         ValueError: if there is none, because events wait for one another in a circle.
     """
@@ -155,7 +170,9 @@ def _dependencies(trace: "Trace") -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(before), np.concatenate(after)
 
 
-def _match(keys: tuple[np.ndarray, ...], causes: np.ndarray, effects: np.ndarray):
+def _match(
+    keys: groups.Keys, causes: np.ndarray, effects: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Pairs each effect with the cause of the same keys, where there is one."""
     rows = np.concatenate([causes, effects])
     key = groups.combine(tuple(key[rows] for key in keys))
@@ -166,7 +183,9 @@ def _match(keys: tuple[np.ndarray, ...], causes: np.ndarray, effects: np.ndarray
     return found[found >= 0], effects[found >= 0]
 
 
-def _computed(trace: "Trace", computes: np.ndarray, pushes: np.ndarray):
+def _computed(
+    trace: "Trace", computes: np.ndarray, pushes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """A push comes after as many minibatches as its replica has pushed by then."""
     if not len(computes) or not len(pushes):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)

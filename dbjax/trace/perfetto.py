@@ -25,10 +25,7 @@ _ROWS_AT_ONCE = 1 << 16
 _EVENTS_AT_ONCE = 1 << 10
 _PUSH_ARGS = "replica id step version base count incarnation bytes".split()
 _encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
-_COLUMNS = (
-    "kind time start replica shard step batch version base count status incarnation "
-    "bytes id"
-).split()
+_COLUMNS = [name for name in columns.COLUMNS if name != "digest"]
 
 
 def write(trace: "Trace", path: str | os.PathLike[str], seconds: float = 1.0) -> None:
@@ -38,6 +35,9 @@ def write(trace: "Trace", path: str | os.PathLike[str], seconds: float = 1.0) ->
         trace: the Trace.
         path: the file to write.
         seconds: how long the Trace's unit of time is.
+
+    Raises:
+        ValueError: `seconds` is not positive and finite.
     """
     if not seconds > 0 or not math.isfinite(seconds):
         raise ValueError(f"seconds must be positive and finite, not {seconds}")
@@ -119,11 +119,8 @@ class _Events:
         if open_one is not None and open_one["step"] != row["step"]:
             self._end_fetch(replica)
         self._end_push(replica, row["start"])
-        one = self._fetching.setdefault(
-            replica,
-            {"step": row["step"], "start": row["start"], "time": row["time"]}
-            | {"versions": {}, "bytes": 0},
-        )
+        begun = {name: row[name] for name in ("step", "start", "time")}
+        one = self._fetching.setdefault(replica, begun | {"versions": {}, "bytes": 0})
         one["start"] = min(one["start"], row["start"])
         one["time"] = max(one["time"], row["time"])
         one["versions"][str(row["shard"])] = row["version"]
@@ -151,11 +148,9 @@ class _Events:
         if replica in self._pushing and self._pushing[replica]["id"] != row["id"]:
             self._end_push(replica, math.inf)
         status = columns.STATUS_NAMES[row["status"]]
-        one = self._pushing.setdefault(
-            replica,
-            {"id": row["id"], "time": row["time"], "bytes": 0, "versions": {}}
-            | {"count": row["count"], "status": status},
-        )
+        begun = {name: row[name] for name in ("id", "time", "count")}
+        begun |= {"status": status, "versions": {}, "bytes": 0}
+        one = self._pushing.setdefault(replica, begun)
         one["time"] = max(one["time"], row["time"])
         one["versions"][str(shard)] = row["version"]
         one["bytes"] += row["bytes"]
@@ -176,13 +171,12 @@ class _Events:
             self._slice(REPLICAS, replica, "push", start, end, one)
 
     def _note(self, row: dict[str, Any]) -> None:
-        of_shard = row["replica"] < 0
-        process, track = (
-            (SHARDS, row["shard"]) if of_shard else (REPLICAS, row["replica"])
-        )
-        if not of_shard:
-            self._end_fetch(row["replica"])
-            self._end_push(row["replica"], row["start"])
+        if row["replica"] < 0:
+            process, track = SHARDS, row["shard"]
+        else:
+            process, track = REPLICAS, row["replica"]
+            self._end_fetch(track)
+            self._end_push(track, row["start"])
         self._write(
             name=columns.KIND_NAMES[row["kind"]].lower(),
             ph="i",
@@ -199,12 +193,10 @@ class _Events:
         start = max(start, self._ended.get((process, track), start))
         end = max(start, end)
         self._ended[process, track] = end
+        where = {"ph": "X", "pid": process, "tid": self._thread(process, track)}
         ts = self._microseconds(start)
         duration = round(self._microseconds(end) - ts, 3)
-        thread = self._thread(process, track)
-        self._write(
-            name=name, ph="X", pid=process, tid=thread, ts=ts, dur=duration, args=args
-        )
+        self._write(name=name, **where, ts=ts, dur=duration, args=args)
 
     def _counter(self, process: int, name: str, time: float, value: float) -> None:
         if math.isfinite(value):  # JSON knows no infinity
@@ -212,15 +204,12 @@ class _Events:
             self._write(name=name, ph="C", pid=process, ts=ts, args={"value": value})
 
     def _name(self, process: int, track: int | None, name: str) -> None:
-        where = {"pid": process}
+        where = {"ph": "M", "pid": process}
         if track is not None:
             where["tid"] = self._thread(process, track)
-        kind = "process" if track is None else "thread"
-        self._write(name=f"{kind}_name", ph="M", **where, args={"name": name})
-        order = process if track is None else track
-        self._write(
-            name=f"{kind}_sort_index", ph="M", **where, args={"sort_index": order}
-        )
+        kind, order = ("process", process) if track is None else ("thread", track)
+        self._write(name=f"{kind}_name", **where, args={"name": name})
+        self._write(name=f"{kind}_sort_index", **where, args={"sort_index": order})
 
     def _thread(self, process: int, track: int) -> int:
         # Thread ids are of the whole machine to Perfetto, and 0 is its idle thread.

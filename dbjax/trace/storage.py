@@ -50,7 +50,17 @@ def save(
     header: dict[str, Any],
     evaluations: tuple[dict[str, Any], ...],
 ) -> None:
-    """Writes a Trace's parts; a killed process leaves the old file or none."""
+    """Writes a Trace's parts; a killed process leaves the old file or none.
+
+    Args:
+        path: the file, under exactly this name.
+        table: the columns by name.
+        header: JSON-able.
+        evaluations: JSON-able.
+
+    Raises:
+        ValueError: header or evaluations are not JSON-able.
+    """
     members = {
         "header": np.frombuffer(to_json(header).encode(), np.uint8),
         "evaluations": np.frombuffer(to_json(list(evaluations)).encode(), np.uint8),
@@ -58,9 +68,7 @@ def save(
     }
     partial = f"{os.fspath(path)}.partial"
     try:
-        with zipfile.ZipFile(
-            partial, "w", zipfile.ZIP_DEFLATED, compresslevel=1
-        ) as archive:
+        with zipfile.ZipFile(partial, "w") as archive:
             for name, values in members.items():
                 # A fixed date: equal Traces make equal files.
                 info = zipfile.ZipInfo(f"{name}.npy")
@@ -77,6 +85,12 @@ def load(
     path: str | os.PathLike[str],
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], tuple[dict[str, Any], ...]]:
     """Reads what `save` wrote.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Columns by name, header and evaluations, their form checked.
 
     Raises:
         ValueError: saying what is wrong with the file.
@@ -113,9 +127,7 @@ def load(
 
 
 def _check_evaluations(evaluations: Any, path: Any) -> None:
-    if not isinstance(evaluations, list) or not all(
-        isinstance(each, dict) for each in evaluations
-    ):
+    if not isinstance(evaluations, list) or {*map(type, evaluations)} - {dict}:
         raise ValueError(f"{path} has evaluations that are not a list of dicts")
 
 

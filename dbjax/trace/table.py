@@ -40,6 +40,15 @@ class Trace:
         digest: `[rows]` uint64: of the shard's parameters after the event, 0 if none.
         header: what was run; JSON-able, with `schema`, `replicas` and `shards`.
         evaluations: JSON-able dicts with `step`, `time` and scalars.
+
+    Examples:
+        >>> from dbjax.trace import PUSH, Trace
+        >>> trace = Trace.from_delays([0, 1, 1])
+        >>> trace
+        Trace(9 rows, 2 replicas, 1 shards)
+        >>> pushes = trace.take(trace.kind == PUSH)
+        >>> pushes.version, pushes.base
+        (array([1, 2, 3]), array([0, 0, 1]))
     """
 
     kind: np.ndarray
@@ -100,6 +109,15 @@ class Trace:
 
         Raises:
             ValueError: for columns or a header that cannot be one.
+
+        Examples:
+            >>> from dbjax.trace import COMPUTE
+            >>> header = {"replicas": 1, "shards": 1}
+            >>> trace = Trace.from_columns(
+            ...     header, kind=[COMPUTE] * 2, batch=[0, 1], start=[0, 3], time=[2, 4]
+            ... )
+            >>> float(trace.utilisation()[0])
+            0.75
         """
         return cls(
             **columns_lib.complete(columns),
@@ -108,7 +126,14 @@ class Trace:
         )
 
     def take(self, indices: Any) -> "Trace":
-        """The Trace of some rows: a slice, an index array `[n]` or a mask `[rows]`."""
+        """The Trace of some rows, with the same header and evaluations.
+
+        Args:
+            indices: a slice, an index array `[n]` or a mask `[rows]`.
+
+        Returns:
+            The rows in that order; it is not validated.
+        """
         rows = {name: values[indices] for name, values in self.columns().items()}
         return dataclasses.replace(self, **rows)
 
@@ -164,12 +189,15 @@ class Trace:
         return trace
 
     def validate(self) -> None:
-        """Raises ValueError naming the first row that cannot have happened there.
+        """Checks that the rows can have happened in this order.
 
         Values are in range; the pushes of a (shard, incarnation) make versions 1, 2,
         3, ...; a fetch of a version comes after the push that made it; a push is based
         on a version before its own, its ids go up per (replica, shard), and it sums no
         more gradients than its replica has computed; minibatches do not go backwards.
+
+        Raises:
+            ValueError: naming the first row that cannot have happened there.
         """
         checks.check_ranges(self)
         checks.check_order(self)
@@ -179,18 +207,48 @@ class Trace:
 
         The first header key and evaluation that differ are named as well.
 
+        Args:
+            other: the Trace to compare with.
+
         Returns:
             A description, or None if the Traces are equal.
+
+        Examples:
+            >>> trace = Trace.from_delays([0, 1, 1])
+            >>> trace.diff(trace.take(slice(8)))
+            '9 rows against 8, of which row 8 (PUSH, replica 0, shard 0) is the first'
         """
         return compare.diff(self, other)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the Trace as an npz without pickle, under exactly this path."""
+        """Writes the Trace as an npz without pickle, under exactly this path.
+
+        Args:
+            path: the file; a killed process leaves what was there before.
+
+        Raises:
+            ValueError: header or evaluations are not JSON-able.
+
+        Examples:
+            >>> import os, tempfile
+            >>> trace = Trace.from_delays([0, 1])
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     trace.save(os.path.join(folder, "trace.npz"))
+            ...     again = Trace.load(os.path.join(folder, "trace.npz"))
+            >>> print(again.diff(trace))
+            None
+        """
         storage.save(path, self.columns(), self.header, self.evaluations)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Trace":
         """Reads a Trace that `save` wrote.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The Trace, bit for bit; it is not validated.
 
         Raises:
             ValueError: for a file that is not a Trace, is a pickle, is truncated or
@@ -211,6 +269,9 @@ class Trace:
         Args:
             path: the file, gzipped where its name ends in `.gz`.
             seconds: how long one unit of the Trace's time is.
+
+        Raises:
+            ValueError: `seconds` is not positive and finite.
         """
         perfetto.write(self, path, seconds)
 

@@ -13,18 +13,29 @@ from experiments.workloads import Workload
 
 
 class Session(NamedTuple):
-    """What `train.py` lends a method for one run."""
+    """What `train.py` lends a method for one run.
+
+    Attributes:
+      evaluate: to be called every `config.eval_every` minibatches and at the end.
+      checkpoints: the folder for them.
+    """
 
     evaluate: EvalFn
     checkpoints: pathlib.Path
 
 
 class Plan(NamedTuple):
-    """What a run would take, before it runs."""
+    """What a run would take, before it runs.
+
+    Attributes:
+      optimizer: the rule that is run.
+      copies: of the parameters, held at once at most; optimizer state not counted.
+      simulate: `simulate(steps) -> trace`, the order of the run without its training.
+    """
 
     optimizer: optax.GradientTransformation
-    copies: int  # of the parameters, held at once at most; optimizer state not counted
-    simulate: Callable[[int], Trace]  # `simulate(steps)`: the order, without training
+    copies: int
+    simulate: Callable[[int], Trace]
 
 
 class Method(NamedTuple):

@@ -1,20 +1,20 @@
 """Downpour SGD: many replicas, a sharded parameter server, no waiting."""
 
+from typing import Any
+
+import ml_collections
+
 import dbjax
+from dbjax.downpour.run import Run
+from dbjax.trace import Trace
 from experiments import registry, runtimes
-from experiments.methods.base import Plan
+from experiments.methods.base import Plan, Session
+from experiments.workloads import Workload
 
-_ORDER = (
-    "replicas",
-    "shards",
-    "n_fetch",
-    "n_push",
-    "overlap",
-    "warmstart_steps",
-)
+_ORDER = ("replicas", "shards", "n_fetch", "n_push", "overlap", "warmstart_steps")
 
 
-def plan(config, workload) -> Plan:
+def plan(config: ml_collections.ConfigDict, workload: Workload) -> Plan:
     """Say what the run would take."""
     options = config.downpour
     if options.shards > workload.num_parameters:
@@ -26,9 +26,8 @@ def plan(config, workload) -> Plan:
     runtimes.make_runtime(config, machines)
     accrual = options.n_push > 1 or options.n_fetch > 1
 
-    def simulate(steps):
-        order = {name: options[name] for name in _ORDER}
-        return dbjax.simulate(machines, steps=steps, seed=config.seed, **order)
+    def simulate(steps: int) -> Trace:
+        return dbjax.simulate(machines, steps=steps, seed=config.seed, **_order(config))
 
     return Plan(
         optimizer=runtimes.make_optimizer("downpour", options),
@@ -37,19 +36,48 @@ def plan(config, workload) -> Plan:
     )
 
 
-def run(config, workload, session):
+def run(config: ml_collections.ConfigDict, workload: Workload, session: Session) -> Run:
     """Run it."""
-    options = config.downpour
+    return train(
+        config,
+        workload,
+        session,
+        optimizer=runtimes.make_optimizer("downpour", config.downpour),
+        runtime=runtimes.make_runtime(config, runtimes.make_cluster(config)),
+        **_order(config),
+    )
+
+
+def train(
+    config: ml_collections.ConfigDict,
+    workload: Workload,
+    session: Session,
+    **options: Any,
+) -> Run:
+    """Call `dbjax.downpour.train` with what all methods on it have in common.
+
+    Args:
+      config: of the run.
+      workload: what is trained.
+      session: lent by `train.py`.
+      **options: the method's own arguments.
+
+    Returns:
+      The run.
+    """
     return dbjax.downpour.train(
         workload.loss,
         workload.init(config.seed),
         workload.data,
-        optimizer=runtimes.make_optimizer("downpour", options),
         steps=config.steps,
         eval_fn=session.evaluate,
         eval_every=config.eval_every,
         checkpoint_dir=session.checkpoints,
         checkpoint_every=config.checkpoint_every,
-        runtime=runtimes.make_runtime(config, runtimes.make_cluster(config)),
-        **{name: options[name] for name in _ORDER},
+        **options,
     )
+
+
+def _order(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The arguments that decide the order of the run."""
+    return {name: config.downpour[name] for name in _ORDER}

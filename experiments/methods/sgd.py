@@ -5,21 +5,25 @@ bit for bit (`tests/laws_test.py`), so that is what runs: clock, Trace and check
 come with it. The machine is one of the cluster's, without its network.
 """
 
+import ml_collections
+
 import dbjax
+from dbjax.downpour.run import Run
+from dbjax.trace import Trace
 from experiments import runtimes
-from experiments.methods.base import Plan
+from experiments.methods import downpour
+from experiments.methods.base import Plan, Session
+from experiments.workloads import Workload
 
 
-def plan(config, workload) -> Plan:
+def plan(config: ml_collections.ConfigDict, workload: Workload) -> Plan:
     """Say what the run would take."""
     del workload
     machine = runtimes.make_local(config)
     runtimes.make_runtime(config, machine)
 
-    def simulate(steps):
-        return dbjax.simulate(
-            machine, replicas=1, shards=1, steps=steps, seed=config.seed
-        )
+    def simulate(steps: int) -> Trace:
+        return dbjax.simulate(machine, replicas=1, steps=steps, seed=config.seed)
 
     return Plan(
         optimizer=runtimes.make_optimizer("sgd", config.sgd),
@@ -28,19 +32,12 @@ def plan(config, workload) -> Plan:
     )
 
 
-def run(config, workload, session):
+def run(config: ml_collections.ConfigDict, workload: Workload, session: Session) -> Run:
     """Run it."""
-    return dbjax.downpour.train(
-        workload.loss,
-        workload.init(config.seed),
-        workload.data,
+    return downpour.train(
+        config,
+        workload,
+        session,
         optimizer=runtimes.make_optimizer("sgd", config.sgd),
-        replicas=1,
-        shards=1,
-        steps=config.steps,
-        eval_fn=session.evaluate,
-        eval_every=config.eval_every,
-        checkpoint_dir=session.checkpoints,
-        checkpoint_every=config.checkpoint_every,
         runtime=runtimes.make_runtime(config, runtimes.make_local(config)),
     )

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from dbjax.cluster import Cluster, Empirical, Exponential
+from dbjax.downpour.arguments import Arguments
 from dbjax.downpour.program import make_program
 from dbjax.downpour.protocol import asynchronous
 from dbjax.runtime.emulated import Emulated, order
@@ -30,7 +31,7 @@ def test_the_cluster_is_a_cluster():
 
 def test_the_actor_is_run():
     """What is fetched, computed and pushed is what the actor asks for."""
-    program = make_program(2, 1, 6, 1, 1, False, 0, asynchronous())
+    program = make_program(Arguments(2, 1, 6, 1, 1, False, 0, asynchronous()))
     asked = []
 
     def advance(state, periods, ticket=None):

@@ -1,0 +1,220 @@
+"""What coordinator, replicas and shards say to one another: plain values, no behaviour.
+
+Letters: `S` shards. A replica is named with its **life**, which counts how often it has
+joined: whoever was declared dead goes on under a new one, so that nothing sent in a
+former life can be mistaken for its own.
+"""
+
+from typing import Any, NamedTuple
+
+from dbjax.typing import Gradients, Params
+
+# From replicas, or about them, to the coordinator.
+
+
+class Joined(NamedTuple):
+    """A replica is here, for the first time or again."""
+
+    replica: int
+
+
+class Finished(NamedTuple):
+    """The gradient of a portion is computed; it is not added to any sum yet.
+
+    Attributes:
+      replica: who has computed it.
+      life: in which life.
+      evaluation: of the batch, from the `Compute`.
+      portion: which.
+      value: the portion's mean loss.
+    """
+
+    replica: int
+    life: int
+    evaluation: int
+    portion: int
+    value: float = 0.0
+
+
+class Pushed(NamedTuple):
+    """All shards that a `Push` was for have added it."""
+
+    replica: int
+    life: int
+    id: int
+
+
+class Died(NamedTuple):
+    """A replica is dead, and every shard has fenced it: nothing more of it will count.
+
+    Attributes:
+      replica: who.
+      landed: `[S]` the ids of its pushes below this are added (`Fenced`).
+    """
+
+    replica: int
+    landed: tuple[int, ...]
+
+
+# The coordinator's orders; a replica carries out its own in the order they were given.
+
+
+class Compute(NamedTuple):
+    """Compute a portion's gradient, fetching first if this evaluation is new to it.
+
+    Attributes:
+      replica: who is to do it.
+      life: in which life.
+      evaluation: of the batch: all its portions see the same parameters.
+      portion: which.
+      upcoming: the portion likely to come next, to prefetch; -1: not known.
+    """
+
+    replica: int
+    life: int
+    evaluation: int
+    portion: int
+    upcoming: int = -1
+
+
+class Keep(NamedTuple):
+    """Add the finished gradient, times the portion's examples, to the accrued sum."""
+
+    replica: int
+    portion: int
+
+
+class Drop(NamedTuple):
+    """Ignore the finished gradient: another replica was first, or it is too late."""
+
+    replica: int
+    portion: int
+
+
+class Push(NamedTuple):
+    """Send the accrued sum to shards, then zero it; beside a computation if need be.
+
+    Attributes:
+      replica: who.
+      id: 0, 1, 2, ... in each life.
+      portions: what the sum holds.
+      shards: which shards it is for; None: all.
+    """
+
+    replica: int
+    id: int
+    portions: tuple[int, ...]
+    shards: tuple[int, ...] | None = None
+
+
+class Forget(NamedTuple):
+    """You were declared dead: forget all you hold, and join again."""
+
+    replica: int
+    life: int
+
+
+class Done(NamedTuple):
+    """Every portion counts, exactly once, on every shard."""
+
+    evaluation: int
+
+
+# To shards, about named vectors.
+
+
+class Put(NamedTuple):
+    """Set a vector."""
+
+    into: str
+    values: Params
+
+
+class Get(NamedTuple):
+    """Ask for a vector; whoever gets it must not change it."""
+
+    name: str
+
+
+class Dots(NamedTuple):
+    """Inner products of many pairs of vectors, in one round.
+
+    The reply is the shard's part of them, `[pairs]` float64.
+    """
+
+    pairs: tuple[tuple[str, str], ...]
+
+
+class Combine(NamedTuple):
+    """Set a vector to `sum_i coefficients[i] names[i]`.
+
+    Attributes:
+      into: the vector set; it may be among `names`.
+      names: the vectors combined, at least one.
+      coefficients: as many.
+    """
+
+    into: str
+    names: tuple[str, ...]
+    coefficients: tuple[float, ...]
+
+
+class Copy(NamedTuple):
+    """Set a vector to another's value, in another dtype if one is given."""
+
+    into: str
+    name: str
+    dtype: Any = None
+
+
+class Elementwise(NamedTuple):
+    """Set a vector to a function of others, coefficient by coefficient.
+
+    Attributes:
+      into: the vector set; it may be among `names`.
+      operation: a name of `operations.OPERATIONS`.
+      names: its vectors.
+      scalars: its numbers.
+    """
+
+    into: str
+    operation: str
+    names: tuple[str, ...]
+    scalars: tuple[float, ...] = ()
+
+
+class Add(NamedTuple):
+    """A replica's `Push` on its way: add a sum to a vector, at most once.
+
+    Attributes:
+      into: the vector.
+      gradients: the shard's part of the accrued sum.
+      replica: who pushes.
+      life: in which life.
+      id: which of its pushes; they arrive in the order of their ids.
+    """
+
+    into: str
+    gradients: Gradients
+    replica: int
+    life: int
+    id: int
+
+
+class Added(NamedTuple):
+    """The answer to `Add`: False where it was a repetition or came from the dead."""
+
+    taken: bool
+
+
+class Fence(NamedTuple):
+    """Take nothing more from a replica's life."""
+
+    replica: int
+    life: int
+
+
+class Fenced(NamedTuple):
+    """The answer to `Fence`: the ids below this are added, and no others will be."""
+
+    landed: int

@@ -1,0 +1,448 @@
+"""The coordinator's handing out of portions: a state machine without thread or clock.
+
+**Handing out.** Each replica has a contiguous range of portions of its own, so that it
+sees the same examples in every evaluation and knows what to prefetch. When its range is
+empty it takes what dead replicas gave back, then the upper half of the range with most
+left, and when nothing is left a backup copy of the portion that is outstanding with the
+fewest copies, for longest.
+
+**Why every portion counts exactly once.** What a shard has added cannot be told apart
+again, so it is decided *before* anything is added who may add it:
+
+1. A finished gradient is not added to the replica's accrued sum but reported. The
+   coordinator says `Keep` to the first who reports a portion and `Drop` to all others.
+   So at any time at most one living replica holds a portion in its sum, and a sum never
+   holds a loser: nothing ever has to be subtracted.
+2. A sum is sent when the coordinator says `Push`, who notes what is in it. Its portions
+   count when all shards have added it. Shards add a push at most once, by its id.
+3. A dead replica is first fenced: each shard promises to take nothing more from that
+   life, and says which pushes it has added. Only then do its portions go back: those
+   it computed, those in its unsent sum, and those in pushes that no shard has added.
+   Suspecting a living replica is therefore safe: it is told to forget.
+4. A push that some shards have added and others have not is repaired: its portions are
+   computed again and pushed, each alone, to the shards that lack them.
+
+Sums are sent every `push_every` portions; sooner where nothing is left to hand out, or
+where the portion at hand gets a backup copy, as then its replica may be slow or gone,
+and what it holds should not wait for it. Source: the paper, section 4.2; its pseudocode
+(appendix, 1.2) counts portions as they are handed out and knows no copies.
+"""
+
+import copy
+import heapq
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from dbjax.sandblaster.messages import (
+    Compute,
+    Died,
+    Done,
+    Drop,
+    Finished,
+    Forget,
+    Joined,
+    Keep,
+    Push,
+    Pushed,
+)
+
+Message = Joined | Finished | Pushed | Died
+Order = Compute | Keep | Drop | Push | Forget | Done
+
+_AWAY, _IDLE, _BUSY = range(3)
+
+
+class PortionsInfo(NamedTuple):
+    """What was done beyond computing each portion once, over all evaluations.
+
+    Attributes:
+      pushes: sums that replicas were told to send.
+      steals: ranges cut in two for a replica whose own was empty.
+      backups: copies handed out of portions that were outstanding.
+      dropped: finished gradients that were ignored.
+      returned: portions given back by the dead.
+      repaired: those of them that only some shards lacked.
+    """
+
+    pushes: int = 0
+    steals: int = 0
+    backups: int = 0
+    dropped: int = 0
+    returned: int = 0
+    repaired: int = 0
+
+
+class Portions:
+    """Hands out the portions of a batch, evaluation after evaluation.
+
+    `begin` and `handle` give orders, which are carried out in order; `save` gives all of
+    the state as plain values between any two messages, `restore` goes on from there.
+
+    Args:
+      portions: how many portions the batch has.
+      replicas: how many replicas there may be; all are away until they have joined.
+      shards: how many shards a push goes to.
+      push_every: portions summed before a push.
+      copies: how many replicas may compute one portion at the same time; 1: no backups.
+      steal: whether a replica may go on outside its own range; without it and without
+        copies this is the static splitting in `replicas` equal parts.
+
+    Attributes:
+      evaluation: the evaluation under way, or the last one; -1 before the first.
+      counted: portions that count in it.
+      info: what else was done.
+
+    Raises:
+      ValueError: an argument is below 1.
+
+    >>> portions = Portions(portions=2, replicas=1)
+    >>> portions.handle(Joined(0)), portions.begin()
+    ([], [Compute(replica=0, life=1, evaluation=0, portion=0, upcoming=1)])
+    >>> portions.handle(Finished(0, 1, 0, 0))
+    [Keep(replica=0, portion=0), Compute(replica=0, life=1, evaluation=0, portion=1, ...
+    >>> portions.handle(Finished(0, 1, 0, 1))
+    [Keep(replica=0, portion=1), Push(replica=0, id=0, portions=(0, 1), shards=None)]
+    >>> portions.handle(Pushed(0, 1, 0))
+    [Done(evaluation=0)]
+    """
+
+    def __init__(
+        self,
+        portions: int,
+        replicas: int,
+        shards: int = 1,
+        *,
+        push_every: int = 4,
+        copies: int = 3,
+        steal: bool = True,
+    ) -> None:
+        for name, value in (
+            ("portions", portions),
+            ("replicas", replicas),
+            ("shards", shards),
+            ("push_every", push_every),
+            ("copies", copies),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.portions, self.replicas, self.shards = portions, replicas, shards
+        self.push_every, self.copies, self.steal = push_every, copies, steal
+        self.evaluation, self.counted = -1, portions
+        self.info = PortionsInfo()
+        self._values = [0.0] * portions
+        # Of each replica:
+        self._is = [_AWAY] * replicas
+        self._life = [0] * replicas
+        self._work = [(-1, -1)] * replicas  # evaluation and portion it computes
+        self._held: list[list[int]] = [[] for _ in range(replicas)]
+        self._next_id = [0] * replicas
+        self._pushing: list[dict[int, Any]] = [{} for _ in range(replicas)]
+        # Of the evaluation under way:
+        self._ranges = [[0, 0] for _ in range(replicas)]  # next and stop
+        self._returned: list[int] = []  # a heap
+        self._lacking: dict[int, tuple[int, ...]] = {}  # by these shards only
+        self._outstanding: dict[int, list[int]] = {}  # portion -> who computes it
+        self._by_copies: list[dict[int, None]] = [{} for _ in range(copies + 1)]
+        self._fullest: list[tuple[int, int]] = []  # a heap; see `_rob`
+
+    @property
+    def done(self) -> bool:
+        """Whether every portion counts."""
+        return self.counted == self.portions
+
+    def begin(self) -> list[Order]:
+        """Begin the next evaluation; the shards' gradient must be zero by now.
+
+        Returns:
+          Orders. Replicas that still compute a portion of the last one join in later.
+
+        Raises:
+          RuntimeError: the last evaluation is not done.
+        """
+        if not self.done:
+            raise RuntimeError(
+                f"evaluation {self.evaluation} is not done: {self.counted} of "
+                f"{self.portions} portions count"
+            )
+        self.evaluation, self.counted = self.evaluation + 1, 0
+        p, n = self.portions, self.replicas
+        self._ranges = [[p * r // n, p * (r + 1) // n] for r in range(n)]
+        self._fullest = _heap_of(self._ranges)
+        self._lacking.clear()
+        orders: list[Order] = []
+        self._serve_idle(orders)
+        return orders
+
+    def handle(self, message: Message) -> list[Order]:
+        """Take a message; repeated and outdated ones do no harm.
+
+        Args:
+          message: `Joined`, `Finished`, `Pushed` or `Died`.
+
+        Returns:
+          Orders, for the sender and others.
+
+        Raises:
+          ValueError: a replica joins that nobody has declared dead.
+        """
+        orders: list[Order] = []
+        if isinstance(message, Joined):
+            self._joined(message.replica, orders)
+        elif isinstance(message, Died):
+            if self._is[message.replica] != _AWAY:
+                self._died(message.replica, message.landed, orders)
+        elif self._is[message.replica] == _AWAY or (
+            message.life != self._life[message.replica]
+        ):
+            orders.append(Forget(message.replica, message.life))
+        elif isinstance(message, Finished):
+            self._finished(message, orders)
+        else:
+            self._landed(message, orders)
+        return orders
+
+    def life(self, replica: int) -> int:
+        """Give the replica's present life, which is what to fence when it dies."""
+        return self._life[replica]
+
+    def value(self, examples: Sequence[int]) -> float:
+        """Give the batch's mean loss; it does not depend on who computed what, or when.
+
+        Args:
+          examples: how many examples each portion has, `[portions]`.
+
+        Returns:
+          `sum_p examples[p] value[p] / sum_p examples[p]`, rounded once.
+        """
+        terms = [n * v for n, v in zip(examples, self._values, strict=True)]
+        if not all(map(math.isfinite, terms)):
+            return sum(terms) / sum(examples)
+        return math.fsum(terms) / sum(examples)
+
+    # Messages.
+
+    def _joined(self, replica: int, orders: list[Order]) -> None:
+        if self._is[replica] != _AWAY:
+            raise ValueError(
+                f"replica {replica} joins, and was never declared dead: fence it on "
+                "all shards, then say Died"
+            )
+        self._is[replica] = _IDLE
+        self._life[replica] += 1
+        self._next_id[replica] = 0
+        if not self.done:
+            self._assign(replica, orders)
+
+    def _finished(self, message: Finished, orders: list[Order]) -> None:
+        replica, portion = message.replica, message.portion
+        if self._work[replica] != (message.evaluation, portion):
+            return  # a repetition
+        self._work[replica] = (-1, -1)
+        current = message.evaluation == self.evaluation
+        if current and portion in self._outstanding:
+            self._values[portion] = message.value
+            self._keep(replica, portion, orders)
+        else:
+            orders.append(Drop(replica, portion))
+            self._count(dropped=1)
+        self._assign(replica, orders)
+
+    def _landed(self, message: Pushed, orders: list[Order]) -> None:
+        push = self._pushing[message.replica].pop(message.id, None)
+        if push is not None:
+            self._counts(push[0], orders)
+
+    def _died(
+        self, replica: int, landed: tuple[int, ...], orders: list[Order]
+    ) -> None:
+        self._is[replica] = _AWAY
+        evaluation, portion = self._work[replica]
+        self._work[replica] = (-1, -1)
+        back = list(self._held[replica])
+        self._held[replica].clear()
+        if evaluation == self.evaluation and portion in self._outstanding:
+            copies = self._outstanding[portion]
+            del self._by_copies[len(copies)][portion]
+            copies.remove(replica)
+            if copies:
+                self._by_copies[len(copies)][portion] = None
+            else:
+                del self._outstanding[portion]
+                back.append(portion)
+        for id_, (portions, shards) in self._pushing[replica].items():
+            every = range(self.shards) if shards is None else shards
+            lacking = tuple(shard for shard in every if landed[shard] <= id_)
+            if not lacking:
+                self._counts(portions, orders)
+                continue
+            back.extend(portions)
+            if len(lacking) < self.shards:
+                self._lacking.update(dict.fromkeys(portions, lacking))
+                self._count(repaired=len(portions))
+        self._pushing[replica].clear()
+        self._count(returned=len(back))
+        for each in back:
+            heapq.heappush(self._returned, each)
+        self._serve_idle(orders)
+
+    # Sums.
+
+    def _keep(self, replica: int, portion: int, orders: list[Order]) -> None:
+        """The first to finish a portion adds it to its sum."""
+        del self._by_copies[len(self._outstanding.pop(portion))][portion]
+        shards = self._lacking.get(portion)
+        if shards is not None:  # a repair, which no other sum may be mixed with
+            self._push(replica, orders)
+        orders.append(Keep(replica, portion))
+        self._held[replica].append(portion)
+        if shards is not None:
+            self._push(replica, orders, shards)
+
+    def _push(
+        self, replica: int, orders: list[Order], shards: tuple[int, ...] | None = None
+    ) -> None:
+        """Let a replica send what it holds, if it holds anything."""
+        held = self._held[replica]
+        if not held:
+            return
+        id_, portions = self._next_id[replica], tuple(held)
+        self._next_id[replica] = id_ + 1
+        self._pushing[replica][id_] = portions, shards
+        held.clear()
+        orders.append(Push(replica, id_, portions, shards))
+        self._count(pushes=1)
+
+    def _counts(self, portions: Sequence[int], orders: list[Order]) -> None:
+        self.counted += len(portions)
+        if self.done:
+            orders.append(Done(self.evaluation))
+
+    # Handing out.
+
+    def _assign(self, replica: int, orders: list[Order]) -> None:
+        """Give a free replica its next portion, if there is one for it."""
+        portion = self._take(replica)
+        if portion is None or len(self._held[replica]) >= self.push_every:
+            self._push(replica, orders)
+        if portion is not None:
+            self._outstanding[portion] = [replica]
+            self._by_copies[1][portion] = None
+        else:
+            portion = self._copy(replica, orders)
+        if portion is None:
+            self._is[replica] = _IDLE
+            return
+        self._is[replica], self._work[replica] = _BUSY, (self.evaluation, portion)
+        begin, end = self._ranges[replica]
+        order = Compute(
+            replica,
+            self._life[replica],
+            self.evaluation,
+            portion,
+            begin if begin < end else -1,
+        )
+        orders.append(order)
+
+    def _serve_idle(self, orders: list[Order]) -> None:
+        for replica, state in enumerate(self._is):
+            if state == _IDLE and not self.done:
+                self._assign(replica, orders)
+
+    def _take(self, replica: int) -> int | None:
+        """Take a portion that nobody computes."""
+        mine = self._ranges[replica]
+        if mine[0] == mine[1]:
+            if self._returned:
+                return heapq.heappop(self._returned)
+            if not self.steal or not self._rob(replica):
+                return None
+        mine[0] += 1
+        return mine[0] - 1
+
+    def _rob(self, replica: int) -> bool:
+        """Take over the upper half of the range with most left."""
+        # A range only shrinks unless it is taken over, so what the heap says of it is
+        # too much rather than too little, and is put right when it comes up.
+        heap = self._fullest
+        while heap:
+            most, victim = heap[0]
+            begin, end = self._ranges[victim]
+            if most == begin - end:
+                break
+            heapq.heappop(heap)
+            if begin < end:
+                heapq.heappush(heap, (begin - end, victim))
+        else:
+            return False
+        middle = end - (end - begin + 1) // 2
+        self._ranges[victim][1] = middle
+        self._ranges[replica] = [middle, end]
+        heapq.heappush(heap, (middle - end, replica))
+        self._count(steals=1)
+        return True
+
+    def _copy(self, replica: int, orders: list[Order]) -> int | None:
+        """Take a backup copy of an outstanding portion."""
+        for copies in range(1, self.copies):
+            if self._by_copies[copies]:
+                portion = next(iter(self._by_copies[copies]))
+                break
+        else:
+            return None
+        del self._by_copies[copies][portion]
+        self._by_copies[copies + 1][portion] = None
+        for other in self._outstanding[portion]:
+            self._push(other, orders)
+        self._outstanding[portion].append(replica)
+        self._count(backups=1)
+        return portion
+
+    def _count(self, **more: int) -> None:
+        added = {name: getattr(self.info, name) + n for name, n in more.items()}
+        self.info = self.info._replace(**added)
+
+    # Between any two messages.
+
+    def save(self) -> dict[str, Any]:
+        """Give the whole state as a dict that JSON can hold."""
+        state = {
+            name: copy.deepcopy(value)
+            for name, value in vars(self).items()
+            if name != "_fullest"  # follows from the ranges
+        }
+        state["info"] = self.info._asdict()
+        state["_pushing"] = [list(each.items()) for each in self._pushing]
+        state["_by_copies"] = [list(each) for each in self._by_copies]
+        for name in ("_outstanding", "_lacking"):
+            state[name] = list(state[name].items())
+        return state
+
+    @classmethod
+    def restore(cls, saved: dict[str, Any]) -> "Portions":
+        """Go on from what `save` gave, before or after it was written as JSON."""
+        arguments = "portions replicas shards push_every copies steal".split()
+        new = cls(**{name: saved[name] for name in arguments})
+        for name, value in copy.deepcopy(saved).items():
+            setattr(new, name, value)
+        new.info = PortionsInfo(**saved["info"])
+        new._work = [(evaluation, portion) for evaluation, portion in saved["_work"]]
+        new._pushing = [
+            {
+                id_: (tuple(portions), None if shards is None else tuple(shards))
+                for id_, (portions, shards) in each
+            }
+            for each in saved["_pushing"]
+        ]
+        new._by_copies = [dict.fromkeys(each) for each in saved["_by_copies"]]
+        new._outstanding = {p: list(replicas) for p, replicas in saved["_outstanding"]}
+        new._lacking = {p: tuple(shards) for p, shards in saved["_lacking"]}
+        new._fullest = _heap_of(new._ranges)
+        return new
+
+
+def _heap_of(ranges: list[list[int]]) -> list[tuple[int, int]]:
+    """Order the replicas whose ranges are not empty: most left first."""
+    heap = [(b - e, replica) for replica, (b, e) in enumerate(ranges) if b < e]
+    heapq.heapify(heap)
+    return heap

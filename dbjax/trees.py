@@ -1,0 +1,199 @@
+"""Vector algebra over pytrees: a tree of float arrays is one long vector.
+
+Nothing here knows an optimizer. `m` vectors of one shape are kept as *rows*: a tree
+whose leaves are `[m, ...]`, so that all products with one vector are one pass.
+
+Inner products accumulate in at least float32, within a leaf by XLA's blocked kernels
+and from leaf to leaf in `scalar_dtype()`: float64 where x64 is on. What scalars are
+made from them (coefficients, slopes) then loses nothing more. Complex leaves count as
+pairs of reals: an inner product is its real part.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from dbjax.typing import Params
+
+
+def scalar_dtype() -> jnp.dtype:
+    """Give the dtype of inner products: float64 where x64 is on, else float32."""
+    return jnp.dtype(jax.dtypes.canonicalize_dtype(jnp.float64))
+
+
+def vdot(a: Params, b: Params) -> jax.Array:
+    """Give the inner product of two trees, a real scalar of `scalar_dtype()`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dbjax import trees
+        >>> print(trees.vdot({"w": jnp.ones(3), "b": 2.0}, {"w": jnp.ones(3), "b": 5.0}))
+        13.0
+    """
+    return _total(jax.tree.map(_leaf_vdot, a, b))
+
+
+def norm(a: Params) -> jax.Array:
+    """Give the Euclidean norm of a tree."""
+    return jnp.sqrt(vdot(a, a))
+
+
+def sub(a: Params, b: Params) -> Params:
+    """Give `a - b`."""
+    return jax.tree.map(lambda x, y: x - y, a, b)
+
+
+def axpy(alpha: Any, x: Params, y: Params) -> Params:
+    """Give `alpha x + y` in the dtypes of `y`, rounded once.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dbjax import trees
+        >>> print(trees.axpy(2.0, jnp.arange(3.0), jnp.ones(3)))
+        [1. 3. 5.]
+    """
+
+    def leaf(x: jax.Array, y: jax.Array) -> jax.Array:
+        wide = _wide(y)
+        total = jnp.asarray(alpha, _real(wide)) * x.astype(wide) + y.astype(wide)
+        return total.astype(y.dtype)
+
+    return jax.tree.map(lambda x, y: leaf(jnp.asarray(x), jnp.asarray(y)), x, y)
+
+
+def where(condition: Any, a: Params, b: Params) -> Params:
+    """Give `a` where the scalar condition holds, else `b`."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+
+def rows_vdot(rows: Params, v: Params) -> jax.Array:
+    """Give the inner products of all rows with `v`, `[m]`, reading the rows once.
+
+    Args:
+        rows: leaves `[m, ...]`.
+        v: leaves `[...]`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dbjax import trees
+        >>> print(trees.rows_vdot(jnp.eye(3)[:2], jnp.array([5.0, 6.0, 7.0])))
+        [5. 6.]
+    """
+    return _total(jax.tree.map(_leaf_rows_vdot, rows, v))
+
+
+def combine(coefficients: jax.Array, rows: Params) -> Params:
+    """Give the sum of the rows, each times its coefficient, reading the rows once.
+
+    Args:
+        coefficients: `[m]`.
+        rows: leaves `[m, ...]`.
+
+    Returns:
+        Leaves `[...]`, in float32 where the rows are 16-bit.
+    """
+    return jax.tree.map(lambda leaf: _leaf_combine(coefficients, leaf), rows)
+
+
+def set_row(rows: Params, index: jax.Array, v: Params, condition: Any) -> Params:
+    """Put `v` into row `index` if the condition holds; in place where it is donated."""
+
+    def leaf(rows: jax.Array, v: jax.Array) -> jax.Array:
+        old = jax.lax.dynamic_index_in_dim(rows, index, keepdims=False)
+        new = jnp.where(condition, v.astype(rows.dtype), old)
+        return jax.lax.dynamic_update_index_in_dim(rows, new, index, 0)
+
+    return jax.tree.map(leaf, rows, v)
+
+
+def zeros_like(leaf: jax.Array, dtype: Any = None, rows: int | None = None) -> jax.Array:
+    """Give zeros like a leaf, or `rows` of them, in a buffer of their own.
+
+    They are sharded like the leaf: where it lies if it is concrete; inside jit, where
+    nobody can ask, by telling XLA that the two belong together.
+    """
+    leaf = jnp.asarray(leaf)
+    shape = leaf.shape if rows is None else (rows, *leaf.shape)
+    dtype = leaf.dtype if dtype is None else dtype
+    if not isinstance(leaf, jax.core.Tracer):
+        return jnp.zeros(shape, dtype, device=_rows_sharding(leaf.sharding, rows))
+    zeros = jnp.zeros(shape, dtype)
+    if explicit := _explicit(leaf):
+        return jax.sharding.reshard(zeros, _rows_sharding(explicit, rows))
+    shard_alike = jax.experimental.shard_alike.shard_alike
+    return shard_alike(zeros, jnp.broadcast_to(leaf, shape).astype(dtype))[0]
+
+
+def replicated(params: Params, value: Any, dtype: Any) -> jax.Array:
+    """Give a small array that lies whole on every device that holds the params."""
+    for leaf in jax.tree.leaves(params):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            if isinstance(sharding, NamedSharding):
+                place = NamedSharding(sharding.mesh, PartitionSpec())
+                return jax.device_put(jnp.array(value, dtype), place)
+    return jnp.array(value, dtype)
+
+
+def _leaf_vdot(a: jax.Array, b: jax.Array) -> jax.Array:
+    a, b = jnp.asarray(a), jnp.asarray(b)
+    wide = jnp.promote_types(_wide(a), _wide(b))
+    return jnp.sum((jnp.conj(a.astype(wide)) * b.astype(wide)).real)
+
+
+def _leaf_rows_vdot(rows: jax.Array, v: jax.Array) -> jax.Array:
+    if rows.dtype.itemsize < 4:  # a product with conversions, which XLA fuses
+        wide = _wide(v)
+        axes = tuple(range(1, rows.ndim))
+        return jnp.sum((rows.astype(wide) * v.astype(wide)).real, axes)
+    axes = tuple(range(1, rows.ndim)), tuple(range(v.ndim))
+    sharding = _explicit(v)
+    out = NamedSharding(sharding.mesh, PartitionSpec(None)) if sharding else None
+    return jax.lax.dot_general(
+        jnp.conj(rows) if jnp.iscomplexobj(rows) else rows,
+        v.astype(rows.dtype),
+        (axes, ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        out_sharding=out,
+    ).real
+
+
+def _leaf_combine(coefficients: jax.Array, rows: jax.Array) -> jax.Array:
+    wide = _wide(rows)
+    coefficients = coefficients.astype(_real(wide))
+    if rows.dtype.itemsize < 4:
+        terms = [c * row.astype(wide) for c, row in zip(coefficients, rows, strict=True)]
+        return sum(terms[1:], start=terms[0])
+    return jax.lax.dot_general(
+        coefficients.astype(wide),
+        rows,
+        (((0,), (0,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+
+
+def _total(products: Params) -> jax.Array:
+    leaves = [x.astype(scalar_dtype()) for x in jax.tree.leaves(products)]
+    return sum(leaves[1:], start=leaves[0]) if leaves else jnp.zeros([], scalar_dtype())
+
+
+def _wide(x: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _real(dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.finfo(dtype).dtype
+
+
+def _explicit(x: jax.Array) -> NamedSharding | None:
+    """The sharding in an array's type, where the mesh has axes of the Explicit kind."""
+    sharding = jax.typeof(x).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def _rows_sharding(sharding: Any, rows: int | None) -> Any:
+    if rows is None or not isinstance(sharding, NamedSharding):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))

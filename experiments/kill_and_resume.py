@@ -1,0 +1,459 @@
+"""Kill a training run again and again, resume it, and prove that nothing was lost.
+
+  python -m experiments.kill_and_resume --kills=20 --seed=0
+  python -m experiments.kill_and_resume --runtime=threads
+
+A child process trains a small network and writes checkpoints often. It is ended with
+SIGKILL while it starts, computes, or writes a checkpoint, and started again, until it
+has been killed often enough and may finish. Every minibatch that a child begins stands
+in a log that survives it. From that, and from what is on disk, it is checked:
+
+- after each kill the newest checkpoint is whole, and none that was due is missing;
+- the next child begins with the very minibatch that follows that checkpoint;
+- emulated: parameters, optimizer state and Trace end in the same bits as in a run that
+  was never killed;
+- on threads, where no two runs are equal: every step was computed once, and the joined
+  Trace, replayed, gives the same bits.
+
+It prints a table and leaves with 1 if anything differs, with 0 otherwise. The seed
+decides when to kill, in terms of the child's progress; the last milliseconds are up to
+the machine.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.box
+import rich.console
+import rich.table
+from absl import app, flags
+
+import dbjax
+from dbjax import checkpoint
+from dbjax.trace import COMPUTE, Trace
+from dbjax.typing import Batch, Params
+
+_KILLS = flags.DEFINE_integer("kills", 20, "How often to kill.", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the moments to kill at.", lower_bound=0)
+_RUNTIME = flags.DEFINE_enum("runtime", "emulated", ["emulated", "threads"], "Where.")
+_STEPS = flags.DEFINE_integer("steps", 400, "Minibatches of the run.", lower_bound=1)
+_EVERY = flags.DEFINE_integer(
+    "checkpoint_every", 5, "Minibatches between checkpoints.", lower_bound=1
+)
+_KEEP = flags.DEFINE_string(
+    "keep", None, "A new folder for all that is written; by default it is removed."
+)
+_CHILD = flags.DEFINE_string("child", None, "Used between this script's processes.")
+
+_REPLICAS, _SHARDS = 6, 3
+_OPTIMIZER = dbjax.adagrad(0.05)
+_PATIENCE = 300.0  # seconds that a child may need to get anywhere
+
+
+class Job(NamedTuple):
+    """What a child trains: the same whenever the same is asked for."""
+
+    runtime: str
+    steps: int
+    checkpoint_every: int
+
+
+class Life(NamedTuple):
+    """What one child did.
+
+    Attributes:
+      begun: the `(replica, index)` of each minibatch that it began, in order.
+      saved: the step of the newest checkpoint after it.
+      writing: the step of the checkpoint that it left half written, if it did.
+      seconds: how long it lived.
+      finished: whether it reached its end.
+    """
+
+    begun: list[tuple[int, int]]
+    saved: int
+    writing: int | None
+    seconds: float
+    finished: bool
+
+
+class Moment(NamedTuple):
+    """When to kill: after `saves` checkpoints, in the middle of `what`, `delay` on."""
+
+    what: str  # "starting", "computing" or "writing"
+    saves: int
+    delay: float
+
+
+# What is trained.
+
+
+def loss_fn(params: Params, batch: Batch) -> jax.Array:
+    """The mean squared error of a network with one hidden layer."""
+    hidden = jnp.tanh(batch["x"] @ params["in"] + params["bias"])
+    return jnp.mean((hidden @ params["out"] - batch["y"]) ** 2)
+
+
+def problem() -> tuple[Params, Any]:
+    """Give the first parameters and the data."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((512, 8)).astype(np.float32)
+    y = np.sin(x.sum(axis=1)).astype(np.float32)
+    params = {
+        "in": 0.3 * rng.standard_normal((8, 16)).astype(np.float32),
+        "bias": np.zeros(16, np.float32),
+        "out": 0.3 * rng.standard_normal(16).astype(np.float32),
+    }
+    return params, dbjax.from_arrays({"x": x, "y": y}, batch_size=16, seed=0)
+
+
+class Logged:
+    """Data that writes down which minibatch is asked for, before it gives it."""
+
+    def __init__(self, data: Any, path: pathlib.Path) -> None:
+        """Begin an empty log."""
+        self._data = data
+        # Unbuffered: a line is the system's, and outlives the process, at once.
+        self._file = path.open("wb", buffering=0)
+
+    def batch(self, replica: int, step: int) -> Batch:
+        """Give one minibatch."""
+        self._file.write(f"{replica} {step}\n".encode())
+        return self._data.batch(replica, step)
+
+
+def train(folder: pathlib.Path, job: Job) -> None:
+    """Train to the end, or go on from the folder's checkpoint; leave the result."""
+    params, data = problem()
+    cluster = dbjax.Cluster(slow=dbjax.Slow(factor=3.0, replicas=(1,)))
+    threads = job.runtime == "threads"
+    run = dbjax.downpour.train(
+        loss_fn,
+        params,
+        Logged(data, folder / "log"),
+        optimizer=_OPTIMIZER,
+        replicas=_REPLICAS,
+        shards=_SHARDS,
+        n_fetch=2,
+        n_push=3,
+        steps=job.steps,
+        eval_fn=lambda params, step, time: {"loss": loss_fn(params, data.batch(0, 0))},
+        eval_every=7,
+        checkpoint_dir=folder / "checkpoints",
+        checkpoint_every=job.checkpoint_every,
+        runtime=dbjax.Threads() if threads else dbjax.Emulated(cluster, seed=1),
+    )
+    run.trace.save(folder / "trace.npz")
+    np.savez(folder / "arrays.npz", **arrays(run))
+    (folder / "info.json").write_text(json.dumps({"resumed_at": run.info.resumed_at}))
+
+
+def arrays(run: Any) -> dict[str, np.ndarray]:
+    """Give parameters and optimizer state of a run by the paths of their leaves."""
+    tree = {"params": run.params, "optimizer_state": run.optimizer_state}
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+# Killing.
+
+
+def draw(rng: np.random.Generator, startup: float) -> Moment:
+    """Draw a moment; `startup` is how long a child takes to its first minibatch."""
+    what = str(rng.choice(["starting", "computing", "writing"], p=[0.1, 0.5, 0.4]))
+    longest = {"starting": startup, "computing": 0.1, "writing": 0.03}[what]
+    return Moment(what, int(rng.integers(0, 3)), longest * rng.random())
+
+
+def live(folder: pathlib.Path, job: Job, moment: Moment | None) -> Life:
+    """Let a child train until it has finished or its moment has come.
+
+    Raises:
+      RuntimeError: it failed by itself; the message holds what it said.
+    """
+    log, checkpoints = folder / "log", folder / "checkpoints"
+    log.unlink(missing_ok=True)
+    before = _newest(checkpoints)
+    arguments = ["--child", str(folder.resolve()), "--runtime", job.runtime]
+    arguments += ["--steps", str(job.steps)]
+    arguments += ["--checkpoint_every", str(job.checkpoint_every)]
+    begin = time.perf_counter()
+    with (folder / "said").open("w+") as said:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "experiments.kill_and_resume", *arguments],
+            cwd=pathlib.Path(__file__).resolve().parents[1],
+            stdout=said,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            _await(child, log, checkpoints, before, moment)
+        finally:
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+        if child.returncode not in (0, -signal.SIGKILL):
+            said.seek(0)
+            raise RuntimeError(f"the child failed by itself:\n{said.read()}")
+    seconds = time.perf_counter() - begin
+    partial = [int(path.name.partition(".")[0]) for path in _partial(checkpoints)]
+    return Life(
+        _read_log(log),
+        _newest(checkpoints),
+        partial[0] if partial else None,
+        seconds,
+        child.returncode == 0,
+    )
+
+
+def _await(
+    child: subprocess.Popen[str],
+    log: pathlib.Path,
+    checkpoints: pathlib.Path,
+    before: int,
+    moment: Moment | None,
+) -> None:
+    """Return when the child is to be killed, or has ended."""
+    if moment is None:
+        child.wait(_PATIENCE)
+        return
+    if moment.what != "starting":
+        _until(lambda: len(_read_log(log)) > 0, child)
+        for _ in range(moment.saves):
+            _until(lambda before=before: _newest(checkpoints) > before, child)
+            before = _newest(checkpoints)
+    if moment.what == "writing":
+        _until(lambda: bool(_partial(checkpoints)), child)
+    try:
+        child.wait(moment.delay)
+    except subprocess.TimeoutExpired:
+        pass
+
+
+def _until(condition: Callable[[], bool], child: subprocess.Popen[str]) -> None:
+    """Wait until the condition holds or the child has ended."""
+    deadline = time.monotonic() + _PATIENCE
+    while child.poll() is None and not condition():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the child got nowhere for {_PATIENCE:.0f} s")
+        time.sleep(0.001)
+
+
+def _newest(checkpoints: pathlib.Path) -> int:
+    return max(checkpoint.steps(checkpoints), default=0)
+
+
+def _partial(checkpoints: pathlib.Path) -> list[pathlib.Path]:
+    return list(checkpoints.glob("*.partial"))
+
+
+def _read_log(log: pathlib.Path) -> list[tuple[int, int]]:
+    """Read which minibatches were begun; the first one asked for only shows shapes."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    pairs = [line.split() for line in lines[1:]]
+    return [(int(replica), int(index)) for replica, index in pairs]
+
+
+# Checking.
+
+
+def next_batches(folder: pathlib.Path, order: Sequence[tuple[int, int]]) -> list[int]:
+    """Give the index of each replica's first minibatch after the newest checkpoint.
+
+    Args:
+      folder: where the child works.
+      order: the minibatches of the run that was never killed, if there is one.
+
+    Raises:
+      AssertionError: the newest checkpoint is not whole.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # `latest` warns of what is damaged
+        saved = checkpoint.latest(folder / "checkpoints")
+    if saved is None:
+        return [0] * _REPLICAS
+    if order:
+        done = [replica for replica, _ in order[: saved.step]]
+        return [done.count(replica) for replica in range(_REPLICAS)]
+    return list(saved.note["batches"])
+
+
+def check_life(
+    life: Life,
+    saved: int,
+    following: Sequence[int],
+    order: Sequence[tuple[int, int]],
+    job: Job,
+) -> list[str]:
+    """Say what a child did wrong.
+
+    Args:
+      life: what it did.
+      saved: the step of the newest checkpoint before it.
+      following: each replica's first minibatch after that checkpoint.
+      order: the minibatches of the run that was never killed, if there is one.
+      job: what was asked for.
+
+    Returns:
+      A sentence for each fault.
+    """
+    faults = []
+    for replica in range(_REPLICAS):
+        begun = [index for who, index in life.begun if who == replica]
+        first = following[replica]
+        if begun != list(range(first, first + len(begun))):
+            faults.append(f"replica {replica} went on with {begun[:3]}, not {first}")
+    if life.saved < saved:
+        faults.append(f"checkpoint {saved} is gone, the newest is {life.saved}")
+    if order:
+        end = saved + len(life.begun)
+        if life.begun != list(order[saved:end]):
+            faults.append("its minibatches are not the reference's")
+        due = (end - 1) // job.checkpoint_every * job.checkpoint_every
+        if life.begun and life.saved < due:
+            faults.append(f"checkpoint {due} was due, the newest is {life.saved}")
+    return faults
+
+
+def check_end(folder: pathlib.Path, reference: pathlib.Path | None) -> list[str]:
+    """Say how a finished run differs from what it should be.
+
+    Args:
+      folder: of the run that was killed.
+      reference: of the run that was not; None to compare with the replay of the Trace.
+
+    Returns:
+      A sentence for each difference.
+    """
+    trace = Trace.load(folder / "trace.npz")
+    mine = dict(np.load(folder / "arrays.npz"))
+    if reference is not None:
+        faults = [trace.diff(Trace.load(reference / "trace.npz"))]
+        theirs = dict(np.load(reference / "arrays.npz"))
+    else:
+        computed = np.sort(trace.step[trace.kind == COMPUTE])
+        once = np.array_equal(computed, np.arange(trace.header["steps"]))
+        faults = [None if once else "not every step was computed exactly once"]
+        params, data = problem()
+        again = dbjax.replay(
+            trace, loss_fn, params, data, optimizer=_OPTIMIZER, verify=True
+        )
+        theirs = arrays(again)
+    return [fault for fault in faults if fault] + same_bits(mine, theirs)
+
+
+def same_bits(mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> list[str]:
+    """Name the arrays that differ, in a single bit or in kind."""
+    faults = []
+    for name in sorted({**mine, **theirs}):
+        one, other = mine.get(name), theirs.get(name)
+        if one is None or other is None:
+            faults.append(f"{name} is in one of the two only")
+        elif (one.dtype, one.shape) != (other.dtype, other.shape):
+            faults.append(f"{name} has another dtype or shape")
+        elif one.tobytes() != other.tobytes():
+            faults.append(f"{name} differs in its bits")
+    return faults
+
+
+# The script.
+
+
+def prove(job: Job, kills: int, seed: int, home: pathlib.Path) -> list[str]:
+    """Run it all in `home`, print the table, and give every fault that was found."""
+    console, rng = rich.console.Console(), np.random.default_rng(seed)
+    folder, reference = home / "killed", home / "reference"
+    order: list[tuple[int, int]] = []
+    startup, faults, taken = 2.0, [], 0
+    if job.runtime == "emulated":
+        reference.mkdir(parents=True)
+        with console.status("the reference, which nobody kills"):
+            whole = live(reference, job, None)
+        order = whole.begun
+        faults += check_life(whole, 0, [0] * _REPLICAS, order, job)
+        startup = whole.seconds / 2
+    table = rich.table.Table(box=rich.box.SIMPLE)
+    for column in ("life", "resumed at", "computed", "saved", "lost", "seconds"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("killed while", no_wrap=True)
+    folder.mkdir(parents=True)
+    while True:
+        moment = draw(rng, startup) if taken < kills else None
+        saved, following = _newest(folder / "checkpoints"), next_batches(folder, order)
+        with console.status(f"{taken} of {kills} kills"):
+            life = live(folder, job, moment)
+        found = check_life(life, saved, following, order, job)
+        taken += not life.finished
+        number = table.row_count + 1
+        table.add_row(*describe(number, life, saved, following, job))
+        if life.finished:
+            resumed_at = json.loads((folder / "info.json").read_text())["resumed_at"]
+            if resumed_at != saved:
+                found.append(f"info.resumed_at is {resumed_at}, not {saved}")
+            found += check_end(folder, reference if order else None)
+        faults += [f"life {number}: {fault}" for fault in found]
+        if life.finished and taken >= kills:
+            break
+        if life.finished:  # too fast for its moment: once more from the beginning
+            shutil.rmtree(folder)
+            folder.mkdir()
+    console.print(table)
+    return faults
+
+
+def describe(
+    number: int, life: Life, saved: int, following: Sequence[int], job: Job
+) -> tuple[str, ...]:
+    """Give a row of the table."""
+    firsts = dict(reversed(life.begun))  # of each replica that began one
+    resumed = saved + sum(first - following[who] for who, first in firsts.items())
+    end = "finished"
+    if not life.finished:
+        end = f"computing minibatch {saved + len(life.begun)}"
+        end = end if life.begun else "starting"
+        end = f"writing checkpoint {life.writing}" if life.writing else end
+    return (
+        str(number),
+        str(resumed) if life.begun else "-",
+        str(len(life.begun)),
+        str(life.saved),
+        str(max(0, saved + len(life.begun) - life.saved)),
+        f"{life.seconds:.1f}",
+        end,
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run what the flags ask for."""
+    if len(argv) > 1:
+        raise app.UsageError(f"what is {argv[1]!r}? There are only flags.")
+    job = Job(_RUNTIME.value, _STEPS.value, _EVERY.value)
+    if _CHILD.value:
+        train(pathlib.Path(_CHILD.value), job)
+        return 0
+    if _KEEP.value and os.path.exists(_KEEP.value):
+        raise app.UsageError(f"--keep={_KEEP.value} is there already.")
+    with tempfile.TemporaryDirectory() as scratch:
+        home = pathlib.Path(_KEEP.value or scratch)
+        faults = prove(job, _KILLS.value, _SEED.value, home)
+    for fault in faults:
+        print(f"DIFFERENT: {fault}")
+    if not faults:
+        other = "the run that was never killed"
+        other = other if job.runtime == "emulated" else "the replay of its joined Trace"
+        print(f"Killed {_KILLS.value} times; the same bits as {other}.")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    app.run(main)
