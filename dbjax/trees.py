@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dbjax.typing import Params
@@ -118,11 +119,11 @@ def zeros_like(leaf: jax.Array, dtype: Any = None, rows: int | None = None) -> j
     shape = leaf.shape if rows is None else (rows, *leaf.shape)
     dtype = leaf.dtype if dtype is None else dtype
     if not isinstance(leaf, jax.core.Tracer):
-        return jnp.zeros(shape, dtype, device=_rows_sharding(leaf.sharding, rows))
+        place = leaf.sharding if leaf.committed else None
+        return jnp.zeros(shape, dtype, device=_rows_sharding(place, rows))
     zeros = jnp.zeros(shape, dtype)
     if explicit := _explicit(leaf):
         return jax.sharding.reshard(zeros, _rows_sharding(explicit, rows))
-    shard_alike = jax.experimental.shard_alike.shard_alike
     return shard_alike(zeros, jnp.broadcast_to(leaf, shape).astype(dtype))[0]
 
 

@@ -20,6 +20,7 @@ decides when to kill, in terms of the child's progress; the last milliseconds ar
 the machine.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -39,7 +40,7 @@ import numpy as np
 import rich.box
 import rich.console
 import rich.table
-from absl import app, flags
+from absl import app, flags, logging
 
 import dbjax
 from dbjax import checkpoint
@@ -49,10 +50,12 @@ from dbjax.typing import Batch, Params
 _KILLS = flags.DEFINE_integer("kills", 20, "How often to kill.", lower_bound=0)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments to kill at.", lower_bound=0)
 _RUNTIME = flags.DEFINE_enum("runtime", "emulated", ["emulated", "threads"], "Where.")
-_STEPS = flags.DEFINE_integer("steps", 400, "Minibatches of the run.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 250, "Minibatches of the run.", lower_bound=1)
 _EVERY = flags.DEFINE_integer(
     "checkpoint_every", 5, "Minibatches between checkpoints.", lower_bound=1
 )
+_N_FETCH = flags.DEFINE_integer("n_fetch", 1, "As in `train`.", lower_bound=1)
+_N_PUSH = flags.DEFINE_integer("n_push", 1, "As in `train`.", lower_bound=1)
 _KEEP = flags.DEFINE_string(
     "keep", None, "A new folder for all that is written; by default it is removed."
 )
@@ -60,6 +63,7 @@ _CHILD = flags.DEFINE_string("child", None, "Used between this script's processe
 
 _REPLICAS, _SHARDS = 6, 3
 _OPTIMIZER = dbjax.adagrad(0.05)
+_PACE = 0.01  # seconds a minibatch, or writing checkpoints would be all there is
 _PATIENCE = 300.0  # seconds that a child may need to get anywhere
 
 
@@ -69,6 +73,8 @@ class Job(NamedTuple):
     runtime: str
     steps: int
     checkpoint_every: int
+    n_fetch: int
+    n_push: int
 
 
 class Life(NamedTuple):
@@ -120,7 +126,7 @@ def problem() -> tuple[Params, Any]:
 
 
 class Logged:
-    """Data that writes down which minibatch is asked for, before it gives it."""
+    """Data that takes its time, and first writes down which minibatch is asked for."""
 
     def __init__(self, data: Any, path: pathlib.Path) -> None:
         """Begin an empty log."""
@@ -131,14 +137,19 @@ class Logged:
     def batch(self, replica: int, step: int) -> Batch:
         """Give one minibatch."""
         self._file.write(f"{replica} {step}\n".encode())
+        time.sleep(_PACE)
         return self._data.batch(replica, step)
 
 
 def train(folder: pathlib.Path, job: Job) -> None:
     """Train to the end, or go on from the folder's checkpoint; leave the result."""
     params, data = problem()
+    loss = jax.jit(loss_fn)
     cluster = dbjax.Cluster(slow=dbjax.Slow(factor=3.0, replicas=(1,)))
-    threads = job.runtime == "threads"
+    runtimes = {
+        "emulated": dbjax.Emulated(cluster, seed=1),
+        "threads": dbjax.Threads(jitter=_PACE),
+    }
     run = dbjax.downpour.train(
         loss_fn,
         params,
@@ -146,17 +157,18 @@ def train(folder: pathlib.Path, job: Job) -> None:
         optimizer=_OPTIMIZER,
         replicas=_REPLICAS,
         shards=_SHARDS,
-        n_fetch=2,
-        n_push=3,
+        n_fetch=job.n_fetch,
+        n_push=job.n_push,
         steps=job.steps,
-        eval_fn=lambda params, step, time: {"loss": loss_fn(params, data.batch(0, 0))},
+        eval_fn=lambda params, step, time: {"loss": loss(params, data.batch(0, 0))},
         eval_every=7,
         checkpoint_dir=folder / "checkpoints",
         checkpoint_every=job.checkpoint_every,
-        runtime=dbjax.Threads() if threads else dbjax.Emulated(cluster, seed=1),
+        runtime=runtimes[job.runtime],
     )
     run.trace.save(folder / "trace.npz")
-    np.savez(folder / "arrays.npz", **arrays(run))
+    leaves: dict[str, Any] = arrays(run)
+    np.savez(folder / "arrays.npz", **leaves)
     (folder / "info.json").write_text(json.dumps({"resumed_at": run.info.resumed_at}))
 
 
@@ -185,10 +197,9 @@ def live(folder: pathlib.Path, job: Job, moment: Moment | None) -> Life:
     """
     log, checkpoints = folder / "log", folder / "checkpoints"
     log.unlink(missing_ok=True)
-    before = _newest(checkpoints)
-    arguments = ["--child", str(folder.resolve()), "--runtime", job.runtime]
-    arguments += ["--steps", str(job.steps)]
-    arguments += ["--checkpoint_every", str(job.checkpoint_every)]
+    before, left = _newest(checkpoints), _partial(checkpoints)
+    asked = {"child": folder.resolve(), **job._asdict()}
+    arguments = [f"--{name}={value}" for name, value in asked.items()]
     begin = time.perf_counter()
     with (folder / "said").open("w+") as said:
         child = subprocess.Popen(
@@ -198,7 +209,7 @@ def live(folder: pathlib.Path, job: Job, moment: Moment | None) -> Life:
             stderr=subprocess.STDOUT,
         )
         try:
-            _await(child, log, checkpoints, before, moment)
+            _await(child, folder, (before, left), moment)
         finally:
             child.send_signal(signal.SIGKILL)
             child.wait()
@@ -206,41 +217,46 @@ def live(folder: pathlib.Path, job: Job, moment: Moment | None) -> Life:
             said.seek(0)
             raise RuntimeError(f"the child failed by itself:\n{said.read()}")
     seconds = time.perf_counter() - begin
-    partial = [int(path.name.partition(".")[0]) for path in _partial(checkpoints)]
+    written = _partial(checkpoints) - left
     return Life(
         _read_log(log),
         _newest(checkpoints),
-        partial[0] if partial else None,
+        max((step for step, _ in written), default=None),
         seconds,
         child.returncode == 0,
     )
 
 
 def _await(
-    child: subprocess.Popen[str],
-    log: pathlib.Path,
-    checkpoints: pathlib.Path,
-    before: int,
+    child: subprocess.Popen[bytes],
+    folder: pathlib.Path,
+    before: tuple[int, set[tuple[int, int]]],
     moment: Moment | None,
 ) -> None:
-    """Return when the child is to be killed, or has ended."""
+    """Return when the child is to be killed, or has ended.
+
+    Args:
+      child: the process.
+      folder: where it works.
+      before: the newest checkpoint and the half written ones when it was started.
+      moment: when to kill it; None to let it finish.
+    """
     if moment is None:
         child.wait(_PATIENCE)
         return
+    log, checkpoints, (newest, left) = folder / "log", folder / "checkpoints", before
     if moment.what != "starting":
         _until(lambda: len(_read_log(log)) > 0, child)
         for _ in range(moment.saves):
-            _until(lambda before=before: _newest(checkpoints) > before, child)
-            before = _newest(checkpoints)
+            _until(lambda newest=newest: _newest(checkpoints) > newest, child)
+            newest = _newest(checkpoints)
     if moment.what == "writing":
-        _until(lambda: bool(_partial(checkpoints)), child)
-    try:
+        _until(lambda: bool(_partial(checkpoints) - left), child)
+    with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(moment.delay)
-    except subprocess.TimeoutExpired:
-        pass
 
 
-def _until(condition: Callable[[], bool], child: subprocess.Popen[str]) -> None:
+def _until(condition: Callable[[], bool], child: subprocess.Popen[bytes]) -> None:
     """Wait until the condition holds or the child has ended."""
     deadline = time.monotonic() + _PATIENCE
     while child.poll() is None and not condition():
@@ -253,8 +269,13 @@ def _newest(checkpoints: pathlib.Path) -> int:
     return max(checkpoint.steps(checkpoints), default=0)
 
 
-def _partial(checkpoints: pathlib.Path) -> list[pathlib.Path]:
-    return list(checkpoints.glob("*.partial"))
+def _partial(checkpoints: pathlib.Path) -> set[tuple[int, int]]:
+    """Give step and time stamp of those that are being written, or were for ever."""
+    found = set()
+    for path in checkpoints.glob("*.partial"):
+        with contextlib.suppress(FileNotFoundError):  # whole by now
+            found.add((int(path.name.partition(".")[0]), path.stat().st_ctime_ns))
+    return found
 
 
 def _read_log(log: pathlib.Path) -> list[tuple[int, int]]:
@@ -315,11 +336,13 @@ def check_life(
             faults.append(f"replica {replica} went on with {begun[:3]}, not {first}")
     if life.saved < saved:
         faults.append(f"checkpoint {saved} is gone, the newest is {life.saved}")
+    computed = saved + len(life.begun)
+    if life.finished and computed != job.steps:
+        faults.append(f"{computed} minibatches were computed in all, not {job.steps}")
     if order:
-        end = saved + len(life.begun)
-        if life.begun != list(order[saved:end]):
+        if life.begun != list(order[saved:computed]):
             faults.append("its minibatches are not the reference's")
-        due = (end - 1) // job.checkpoint_every * job.checkpoint_every
+        due = (computed - 1) // job.checkpoint_every * job.checkpoint_every
         if life.begun and life.saved < due:
             faults.append(f"checkpoint {due} was due, the newest is {life.saved}")
     return faults
@@ -383,7 +406,7 @@ def prove(job: Job, kills: int, seed: int, home: pathlib.Path) -> list[str]:
         faults += check_life(whole, 0, [0] * _REPLICAS, order, job)
         startup = whole.seconds / 2
     table = rich.table.Table(box=rich.box.SIMPLE)
-    for column in ("life", "resumed at", "computed", "saved", "lost", "seconds"):
+    for column in ("life", "resumed at", "minibatches", "saved", "again", "lived"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("killed while", no_wrap=True)
     folder.mkdir(parents=True)
@@ -417,18 +440,16 @@ def describe(
     """Give a row of the table."""
     firsts = dict(reversed(life.begun))  # of each replica that began one
     resumed = saved + sum(first - following[who] for who, first in firsts.items())
-    end = "finished"
-    if not life.finished:
-        end = f"computing minibatch {saved + len(life.begun)}"
-        end = end if life.begun else "starting"
-        end = f"writing checkpoint {life.writing}" if life.writing else end
+    end = f"computing {saved + len(life.begun)}" if life.begun else "starting"
+    end = f"saving {life.writing}" if life.writing else end
+    end = "(finished)" if life.finished else end
     return (
         str(number),
         str(resumed) if life.begun else "-",
         str(len(life.begun)),
         str(life.saved),
         str(max(0, saved + len(life.begun) - life.saved)),
-        f"{life.seconds:.1f}",
+        f"{life.seconds:.1f} s",
         end,
     )
 
@@ -437,7 +458,15 @@ def main(argv: Sequence[str]) -> int:
     """Run what the flags ask for."""
     if len(argv) > 1:
         raise app.UsageError(f"what is {argv[1]!r}? There are only flags.")
-    job = Job(_RUNTIME.value, _STEPS.value, _EVERY.value)
+    if flags.FLAGS.verbosity == logging.INFO:  # absl's default; orbax says a lot then
+        logging.set_verbosity(logging.WARNING)
+    job = Job(
+        runtime=_RUNTIME.value,
+        steps=_STEPS.value,
+        checkpoint_every=_EVERY.value,
+        n_fetch=_N_FETCH.value,
+        n_push=_N_PUSH.value,
+    )
     if _CHILD.value:
         train(pathlib.Path(_CHILD.value), job)
         return 0

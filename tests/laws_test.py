@@ -79,10 +79,9 @@ TREES = {
         [{"b": normal(n), "w": normal(m, n)} for m, n in ((10, 17), (17, 4))],
     ),
     "one matrix": (linear, normal(10, 4)),
-    "one vector": (elementwise, normal(37)),
     "odds and ends": (
         elementwise,
-        {"a": normal(1), "s": np.float32(0.3), "t": (normal(3, 5, 4), [normal(7)])},
+        {"a": normal(1), "s": np.float32(0.3), "t": (normal(3, 5, 4), [normal(37)])},
     ),
 }
 RULES = {
@@ -365,8 +364,7 @@ def compilations(monkeypatch):
 COMPILED = {
     "plain": {},
     "shards": {"shards": 4},
-    "overlap": {"shards": 4, "overlap": True},
-    "accrual": {"shards": 4, "n_push": 3, "n_fetch": 2},
+    "accrual": {"shards": 4, "n_push": 3, "n_fetch": 2, "overlap": True},
     "local steps": {"n_push": 2, "n_fetch": 3, "local_optimizer": SGD},
     "provided": {"shards": 2, "provide": ("staleness", "stale_params")},
 }

@@ -99,19 +99,31 @@ def start_state(
     plan: Plan, problem: Problem, initial: Params, states: Any
 ) -> LoopState:
     """The loop's state before the first row; `initial` is copied."""
-    parts = tuple(map(copy, problem.split(initial)))
-    slots = plan.slots + (not plan.direct)
-    ring = tuple(
-        jax.tree.map(functools.partial(_ring, slots, slot), p)
-        for p, slot in zip(parts, plan.start.tolist(), strict=True)
+    slots, depth = plan.slots + (not plan.direct), plan.gradient_slots
+    parts, ring, accrued = _lay_out(
+        problem.split(initial), slots, tuple(plan.start.tolist()),
+        0 if plan.direct else depth,
+    )  # fmt: skip
+    finite = jnp.ones(1 if plan.direct else depth, bool)
+    return LoopState(parts, states, ring, accrued, finite, jnp.bool_(True))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _lay_out(
+    parts: tuple[Params, ...], slots: int, start: tuple[int, ...], depth: int
+) -> tuple[Any, Any, Any]:
+    """Copies of the shards' parameters, and the room for versions and gradients."""
+
+    def room(size: int, tree: Params) -> Params:
+        return jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), tree)
+
+    rings = tuple(
+        _write(room(slots, part), part, slot)
+        for part, slot in zip(parts, start, strict=True)
     )
-    depth = 0 if plan.direct else plan.gradient_slots
-    accrued = tuple(
-        jax.tree.map(lambda x: jnp.zeros((depth, *x.shape), x.dtype), p) for p in parts
-    )
-    return LoopState(
-        parts, states, ring, accrued, jnp.ones(max(depth, 1), bool), jnp.bool_(True)
-    )
+    # Without a copy what comes in would go out as it is, and be donated.
+    copies = tuple(map(copy, parts))
+    return copies, rings, tuple(room(depth, part) for part in parts)
 
 
 def make_loop(
@@ -177,18 +189,7 @@ def make_loop(
             refused.append((x.source[s] >= 0) & ~goods[s])
             params.append(new[0])
             states.append(new[1])
-            rings.append(
-                jax.tree.map(
-                    lambda slots, value, s=s: lax.dynamic_update_index_in_dim(
-                        slots,
-                        value,
-                        x.write[s],
-                        0,  # noqa: B023
-                    ),
-                    ring,
-                    new[0],
-                )
-            )
+            rings.append(_write(ring, new[0], x.write[s]))
         state = state._replace(
             params=tuple(params),
             optimizer_state=tuple(states),
@@ -213,14 +214,17 @@ def make_loop(
     return loop
 
 
-def _ring(slots: int, slot: int, leaf: jax.Array) -> jax.Array:
-    return jnp.zeros((slots, *leaf.shape), leaf.dtype).at[slot].set(leaf)
-
-
 def _slot(ring: Params, slot: Any) -> Params:
     return jax.tree.map(
         lambda slots: lax.dynamic_index_in_dim(slots, slot, 0, keepdims=False), ring
     )
+
+
+def _write(ring: Params, value: Params, slot: Any) -> Params:
+    return jax.tree.map(
+        lambda slots, new: lax.dynamic_update_index_in_dim(slots, new, slot, 0),
+        ring, value,
+    )  # fmt: skip
 
 
 class Loop:

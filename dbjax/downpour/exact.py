@@ -4,7 +4,8 @@ So it reproduces a recorded run bit for bit. It can stop before any row, and its
 `leaves` are all it needs to go on from there.
 """
 
-from typing import Any
+import collections
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,35 @@ from dbjax.runtime.base import MOST_REJECTED, RejectedTooOften
 from dbjax.server.messages import Push
 from dbjax.server.shard import ShardState
 from dbjax.typing import Params
+
+AHEAD = 2
+"""Gradients computed ahead, where they are small: memory for two more copies is spent
+on keeping all cores busy."""
+AHEAD_BYTES = 16 << 20
+
+
+class _Row(NamedTuple):
+    """A row of the plan in plain Python: indexing NumPy arrays one by one is slow."""
+
+    compute: bool
+    replica: int
+    batch: int
+    step: int
+    landed: bool
+    into: int
+    first: bool
+    read: list[int]
+    write: list[int]
+    source: list[int]
+
+
+class _Gradient(NamedTuple):
+    """A gradient under way, or what went wrong in place of it."""
+
+    row: int
+    gradients: Any = None
+    finite: Any = None
+    error: Exception | None = None
 
 
 class Exact:
@@ -49,15 +79,12 @@ class Exact:
         self.torn = self.interrupted = False
         last = plan.version.max(axis=0, initial=0)
         self._last = [int(v) for v in last]
-        # Plain Python numbers: indexing NumPy arrays one by one is slow.
-        self._rows = list(
-            zip(
-                plan.compute.tolist(), plan.replica.tolist(), plan.batch.tolist(),
-                plan.step.tolist(), plan.landed.tolist(), plan.into.tolist(),
-                plan.first.tolist(), plan.read.tolist(), plan.source.tolist(),
-                strict=True,
-            )
-        )  # fmt: skip
+        columns = (getattr(plan, name).tolist() for name in _Row._fields)
+        self._rows = list(map(_Row, *columns))
+        small = sum(problem.layout.nbytes) <= AHEAD_BYTES
+        alone = len(self.shards) == 1 and problem.local_optimizer is None
+        self._ahead = AHEAD if small and alone else 0
+        self._under_way: collections.deque[_Gradient] = collections.deque()
 
     def params(self) -> Params:
         """The whole current parameters, in buffers of their own."""
@@ -72,15 +99,14 @@ class Exact:
         """
         plan = self.plan
         while self.row < stop:
-            compute, replica, batch, step, landed, into, first, read, source = (
-                self._rows[self.row]
-            )
-            if compute:
-                self._compute(replica, batch, step, landed, into, first, read)
+            row = self._rows[self.row]
+            self._look_ahead(stop)
+            if row.compute:
+                self._compute(row)
             self.torn = True
-            for s, slot in enumerate(source):
+            for s, slot in enumerate(row.source):
                 if slot >= 0:
-                    self._push(s, slot, replica, step)
+                    self._push(s, slot, row.replica, row.step)
             self.row += 1
             self.torn = False
             if self.interrupted:
@@ -91,35 +117,68 @@ class Exact:
                 who, when = (c[last] for c in (plan.trace.replica, plan.trace.step))
                 raise RejectedTooOften(self.in_a_row, int(who), int(when))
 
-    def _compute(
-        self, replica: int, batch: int, step: int, landed: bool, into: int, first: bool,
-        read: list[int],
-    ) -> None:  # fmt: skip
+    def _look_ahead(self, stop: int) -> None:
+        """Set out on the gradients of coming rows whose versions are there already.
+
+        A gradient does not depend on when it is computed. While one is waited for, the
+        next ones keep the other cores busy.
+        """
+        at = self._under_way[-1].row + 1 if self._under_way else self.row
+        while self._ahead and len(self._under_way) <= self._ahead and at < stop:
+            row = self._rows[at]
+            if row.compute:
+                between = self._rows[self.row : at]
+                if any(before.write[0] == row.read[0] for before in between):
+                    return
+                params = self._held(row)
+                try:
+                    made = _Gradient(at, *self._gradient(row, params))
+                except Exception as error:
+                    # Raised in its turn: the rows before it are done by then.
+                    made = _Gradient(at, error=error)
+                self._under_way.append(made)
+            at += 1
+
+    def _held(self, row: _Row) -> Params:
+        """The parameters that a gradient is computed on."""
         problem = self.problem
-        state = None
-        if problem.local_step is not None and replica in self.local and not landed:
-            params, state = self.local[replica]
-        else:
-            held = tuple(
-                slots[slot] for slots, slot in zip(self.pool, read, strict=True)
-            )
-            params = problem.widen(problem.merge(held))
-            if problem.local_optimizer is not None:
-                state = self.local.get(replica, (None, None))[1]
-                if state is None:
-                    state = problem.local_optimizer.init(params)
+        pairs = zip(self.pool, row.read, strict=True)
+        return problem.widen(problem.merge(tuple(slots[slot] for slots, slot in pairs)))
+
+    def _gradient(self, row: _Row, params: Params) -> tuple[Any, Any]:
+        """A gradient and whether it is finite, neither waited for."""
         try:
-            minibatch = problem.batch(replica, batch)
-            gradients, finite = problem.gradient(params, minibatch, replica, batch)
-            finite = bool(finite)
+            minibatch = self.problem.batch(row.replica, row.batch)
+            return self.problem.gradient(params, minibatch, row.replica, row.batch)
         except Exception as error:
-            error.add_note(f"It was raised for replica {replica} at step {step}.")
+            error.add_note(
+                f"It was raised for replica {row.replica} at step {row.step}."
+            )
             raise
+
+    def _compute(self, row: _Row) -> None:
+        problem, into = self.problem, row.into
+        params = state = None
+        if self._under_way and self._under_way[0].row == self.row:
+            _, gradients, finite, error = self._under_way.popleft()
+            if error is not None:
+                raise error
+        else:
+            if row.replica in self.local and not row.landed:
+                params, state = self.local[row.replica]
+            else:
+                params = self._held(row)
+                state = self.local.get(row.replica, (None, None))[1]
+            gradients, finite = self._gradient(row, params)
+        finite = bool(finite)
         self.torn = True
-        if problem.local_step is not None and finite:
-            params, state = problem.local_step(params, state, gradients)
-            self.local[replica] = params, state
-        if first:
+        if problem.local_step is not None and problem.local_optimizer is not None:
+            if state is None:
+                state = problem.local_optimizer.init(params)
+            if finite:
+                params, state = problem.local_step(params, state, gradients)
+            self.local[row.replica] = params, state
+        if row.first:
             self.accrued[into], self.finite[into] = gradients, finite
         else:
             self.accrued[into] = problem.accrue(self.accrued[into], gradients)

@@ -1,8 +1,8 @@
 """Shards that march in step: the compiled executors then take them for one.
 
-Where every shard handles the same pushes in the same order and replicas read all shards
-at one version, cutting gradients up and putting parameters together is work for nothing.
-The optimizer's state is cut up at the end, by its leaves' paths.
+Where every shard handles the same pushes in the same order, and replicas read all of
+them at one version, cutting gradients up and putting parameters together is needless
+work. The optimizer's state is cut up at the end, by its leaves' paths.
 """
 
 import dataclasses
@@ -48,7 +48,9 @@ def cut_state(problem: Problem, state: Any) -> tuple[Any, ...]:
     other one, such as a count, is every shard's.
     """
     leaves = dict(jax.tree_util.tree_flatten_with_path(state)[0])
-    names = [path for path, _ in jax.tree_util.tree_flatten_with_path(problem.params)[0]]
+    names = [
+        path for path, _ in jax.tree_util.tree_flatten_with_path(problem.params)[0]
+    ]
     layout, states = problem.layout, []
     for s, part in enumerate(jax.eval_shape(layout.split, problem.params)):
         template = jax.eval_shape(problem.optimizer.init, part)
@@ -110,5 +112,5 @@ class InStep:
     def shards(self) -> list[tuple[Params, Any]]:
         """The shards' parameters and optimizer states."""
         ((params, state),) = self.machine.shards
-        states = cut_state(self.problem, state)
+        states = jax.jit(lambda whole: cut_state(self.problem, whole))(state)
         return list(zip(self.problem.split(params), states, strict=True))

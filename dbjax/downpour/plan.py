@@ -7,8 +7,8 @@ shard.
 Two liberties leave every value as it was. A gradient depends on its batch and on the
 versions its replica holds, not on when it is computed; with `n_push = 1` it is computed
 just before its push, so that no gradient waits in memory. And versions live in
-**slots**,
-allotted like registers: a slot is used again when nobody will look at its version.
+**slots**, allotted like registers: a slot is used again when nobody will look at its
+version.
 """
 
 import dataclasses

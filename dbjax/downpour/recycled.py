@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dbjax.downpour.gradient import all_finite
 from dbjax.downpour.plan import Plan
@@ -47,8 +48,9 @@ class Recycled:
         narrow, wants_stale = problem.version_dtype, "stale_params" in problem.provide
         while self.row < stop:
             row = self.row
+            # Steps run behind; nobody must write over a batch until then.
             batch = jax.tree.map(
-                jnp.array, problem.batch(int(plan.replica[row]), int(plan.batch[row]))
+                _own, problem.batch(int(plan.replica[row]), int(plan.batch[row]))
             )
             read, write, stale = (
                 a[row].tolist() for a in (plan.read, plan.write, plan.stale)
@@ -136,6 +138,10 @@ def _make_step(problem: Problem, masked: bool) -> Any:
     # With narrow versions nobody else sees the current parameters: written in place.
     donate = (0, 1) if narrow is None else (0, 1, 2)
     return jax.jit(step, donate_argnums=donate, keep_unused=True)
+
+
+def _own(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, jax.Array) else np.array(leaf)
 
 
 def _like(tree: Params, template: Params) -> Params:

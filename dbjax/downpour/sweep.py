@@ -1,8 +1,7 @@
 """`sweep`: one compiled replay over a grid of Traces, hyperparameters and seeds.
 
-Letters: `T` Traces, `H` settings of the hyperparameters, `N` seeds. Phase diagrams,
-  such as
-learning rate against staleness, are one call.
+Letters: `T` Traces, `H` settings of the hyperparameters, `N` seeds. A phase diagram of
+learning rate and staleness, say, is one call.
 """
 
 import dataclasses

@@ -3,6 +3,10 @@
 from dbjax.optim.adagrad import ScaleByAdagradState as ScaleByAdagradState
 from dbjax.optim.adagrad import adagrad as adagrad
 from dbjax.optim.adagrad import scale_by_adagrad as scale_by_adagrad
+from dbjax.optim.lbfgs import LBFGSState as LBFGSState
+from dbjax.optim.lbfgs import ScaleByLBFGSState as ScaleByLBFGSState
+from dbjax.optim.lbfgs import lbfgs as lbfgs
+from dbjax.optim.lbfgs import scale_by_lbfgs as scale_by_lbfgs
 from dbjax.optim.stale import DelayGradientsState as DelayGradientsState
 from dbjax.optim.stale import StaleState as StaleState
 from dbjax.optim.stale import delay_gradients as delay_gradients

@@ -24,15 +24,13 @@ class Finished(NamedTuple):
     Attributes:
       replica: who has computed it.
       life: in which life.
-      evaluation: of the batch, from the `Compute`.
-      portion: which.
+      task: from the `Compute`; a portion may be given to one replica again.
       value: the portion's mean loss.
     """
 
     replica: int
     life: int
-    evaluation: int
-    portion: int
+    task: int
     value: float = 0.0
 
 
@@ -56,7 +54,8 @@ class Died(NamedTuple):
     landed: tuple[int, ...]
 
 
-# The coordinator's orders; a replica carries out its own in the order they were given.
+# The coordinator's orders. A replica carries out those of its present life, in the order
+# they were given.
 
 
 class Compute(NamedTuple):
@@ -65,22 +64,27 @@ class Compute(NamedTuple):
     Attributes:
       replica: who is to do it.
       life: in which life.
+      task: 0, 1, 2, ... in each life.
       evaluation: of the batch: all its portions see the same parameters.
       portion: which.
       upcoming: the portion likely to come next, to prefetch; -1: not known.
+      copy: 0 for the first copy handed out; others are backups.
     """
 
     replica: int
     life: int
+    task: int
     evaluation: int
     portion: int
     upcoming: int = -1
+    copy: int = 0
 
 
 class Keep(NamedTuple):
     """Add the finished gradient, times the portion's examples, to the accrued sum."""
 
     replica: int
+    life: int
     portion: int
 
 
@@ -88,6 +92,7 @@ class Drop(NamedTuple):
     """Ignore the finished gradient: another replica was first, or it is too late."""
 
     replica: int
+    life: int
     portion: int
 
 
@@ -96,12 +101,14 @@ class Push(NamedTuple):
 
     Attributes:
       replica: who.
+      life: in which life.
       id: 0, 1, 2, ... in each life.
       portions: what the sum holds.
       shards: which shards it is for; None: all.
     """
 
     replica: int
+    life: int
     id: int
     portions: tuple[int, ...]
     shards: tuple[int, ...] | None = None

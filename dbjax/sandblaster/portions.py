@@ -76,8 +76,8 @@ class PortionsInfo(NamedTuple):
 class Portions:
     """Hands out the portions of a batch, evaluation after evaluation.
 
-    `begin` and `handle` give orders, which are carried out in order; `save` gives all of
-    the state as plain values between any two messages, `restore` goes on from there.
+    `begin` and `handle` give orders, which are carried out in order; `save` gives the
+    whole state as plain values between any two messages, `restore` goes on from there.
 
     Args:
       portions: how many portions the batch has.
@@ -98,11 +98,11 @@ class Portions:
 
     >>> portions = Portions(portions=2, replicas=1)
     >>> portions.handle(Joined(0)), portions.begin()
-    ([], [Compute(replica=0, life=1, evaluation=0, portion=0, upcoming=1)])
-    >>> portions.handle(Finished(0, 1, 0, 0))
-    [Keep(replica=0, portion=0), Compute(replica=0, life=1, evaluation=0, portion=1, ...
-    >>> portions.handle(Finished(0, 1, 0, 1))
-    [Keep(replica=0, portion=1), Push(replica=0, id=0, portions=(0, 1), shards=None)]
+    ([], [Compute(replica=0, life=1, task=0, evaluation=0, portion=0, upcoming=1, ...
+    >>> portions.handle(Finished(0, 1, task=0))
+    [Keep(replica=0, life=1, portion=0), Compute(replica=0, life=1, task=1, ...
+    >>> portions.handle(Finished(0, 1, task=1))
+    [Keep(replica=0, life=1, portion=1), Push(replica=0, life=1, id=0, portions=(0, 1), ...
     >>> portions.handle(Pushed(0, 1, 0))
     [Done(evaluation=0)]
     """
@@ -135,6 +135,7 @@ class Portions:
         self._is = [_AWAY] * replicas
         self._life = [0] * replicas
         self._work = [(-1, -1)] * replicas  # evaluation and portion it computes
+        self._tasks = [0] * replicas  # how many it was given in this life
         self._held: list[list[int]] = [[] for _ in range(replicas)]
         self._next_id = [0] * replicas
         self._pushing: list[dict[int, Any]] = [{} for _ in range(replicas)]
@@ -230,21 +231,21 @@ class Portions:
             )
         self._is[replica] = _IDLE
         self._life[replica] += 1
-        self._next_id[replica] = 0
+        self._next_id[replica] = self._tasks[replica] = 0
         if not self.done:
             self._assign(replica, orders)
 
     def _finished(self, message: Finished, orders: list[Order]) -> None:
-        replica, portion = message.replica, message.portion
-        if self._work[replica] != (message.evaluation, portion):
+        replica = message.replica
+        evaluation, portion = self._work[replica]
+        if self._is[replica] != _BUSY or message.task != self._tasks[replica] - 1:
             return  # a repetition
         self._work[replica] = (-1, -1)
-        current = message.evaluation == self.evaluation
-        if current and portion in self._outstanding:
+        if evaluation == self.evaluation and portion in self._outstanding:
             self._values[portion] = message.value
             self._keep(replica, portion, orders)
         else:
-            orders.append(Drop(replica, portion))
+            orders.append(Drop(replica, message.life, portion))
             self._count(dropped=1)
         self._assign(replica, orders)
 
@@ -253,9 +254,7 @@ class Portions:
         if push is not None:
             self._counts(push[0], orders)
 
-    def _died(
-        self, replica: int, landed: tuple[int, ...], orders: list[Order]
-    ) -> None:
+    def _died(self, replica: int, landed: tuple[int, ...], orders: list[Order]) -> None:
         self._is[replica] = _AWAY
         evaluation, portion = self._work[replica]
         self._work[replica] = (-1, -1)
@@ -294,7 +293,7 @@ class Portions:
         shards = self._lacking.get(portion)
         if shards is not None:  # a repair, which no other sum may be mixed with
             self._push(replica, orders)
-        orders.append(Keep(replica, portion))
+        orders.append(Keep(replica, self._life[replica], portion))
         self._held[replica].append(portion)
         if shards is not None:
             self._push(replica, orders, shards)
@@ -310,7 +309,7 @@ class Portions:
         self._next_id[replica] = id_ + 1
         self._pushing[replica][id_] = portions, shards
         held.clear()
-        orders.append(Push(replica, id_, portions, shards))
+        orders.append(Push(replica, self._life[replica], id_, portions, shards))
         self._count(pushes=1)
 
     def _counts(self, portions: Sequence[int], orders: list[Order]) -> None:
@@ -338,10 +337,13 @@ class Portions:
         order = Compute(
             replica,
             self._life[replica],
+            self._tasks[replica],
             self.evaluation,
             portion,
-            begin if begin < end else -1,
+            upcoming=begin if begin < end else -1,
+            copy=len(self._outstanding[portion]) - 1,
         )
+        self._tasks[replica] += 1
         orders.append(order)
 
     def _serve_idle(self, orders: list[Order]) -> None:
@@ -377,7 +379,7 @@ class Portions:
             return False
         middle = end - (end - begin + 1) // 2
         self._ranges[victim][1] = middle
-        self._ranges[replica] = [middle, end]
+        self._ranges[replica][:] = middle, end
         heapq.heappush(heap, (middle - end, replica))
         self._count(steals=1)
         return True

@@ -1,8 +1,7 @@
 """One shard of the parameter server: `handle(state, message) -> state, reply`, pure.
 
 A version is never written to while someone can see it (copy-on-write). The memory of
-one
-that nobody holds any more may be given to `handle` as `spare`: it becomes the next
+one that nobody holds any more may be given to `handle` as `spare`: it becomes the next
 version.
 """
 
@@ -11,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dbjax.server.messages import Fetch, Fetched, Push, Pushed
@@ -87,16 +86,12 @@ def make_shard(
         version = state.version + 1
         if not message.taken:
             return state._replace(version=version), Pushed(version)
-        extras = {
-            "staleness": jnp.int32(state.version - message.base),
-            "stale_params": message.stale_params,
-        }
-        args = (
-            state.params,
-            state.optimizer_state,
-            message.gradients,
-            {name: extras[name] for name in provide},
-        )
+        extras: dict[str, Any] = {}
+        if "staleness" in provide:
+            extras["staleness"] = np.int32(state.version - message.base)
+        if "stale_params" in provide:
+            extras["stale_params"] = message.stale_params
+        args = state.params, state.optimizer_state, message.gradients, extras
         params, optimizer_state = (
             apply(*args) if spare is None else recycle(spare, *args)
         )

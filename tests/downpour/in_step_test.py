@@ -25,7 +25,8 @@ def scheduled():
 def labelled():
     rules = {"slow": optax.sgd(0.01, momentum=0.9), "fast": dbjax.adagrad(0.1)}
     return optax.multi_transform(
-        rules, lambda params: {name: "slow" if name == "b" else "fast" for name in params}
+        rules,
+        lambda params: {name: "slow" if name == "b" else "fast" for name in params},
     )
 
 
@@ -72,9 +73,11 @@ def test_the_end_is_that_of_the_exact_replay(rule, shards):
 def test_rejected_pushes_are_named_on_every_shard():
     trace, bad = simulated(3), (1, 7)
     data = problems.Wrapped(
-        lambda *at: jax.tree.map(lambda x: x * np.nan, problems.DATA.batch(*at))
-        if at == bad
-        else None
+        lambda *at: (
+            jax.tree.map(lambda x: x * np.nan, problems.DATA.batch(*at))
+            if at == bad
+            else None
+        )
     )
     args = problems.loss_fn, problems.PARAMS, data
     runs = [

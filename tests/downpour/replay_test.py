@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import logging
+import pickle
 import re
 import sys
 
@@ -516,6 +517,100 @@ def test_traces_that_cannot_be_replayed():
         replay(trace.take(slice(40, None)))
     with pytest.raises(ValueError, match=r"number of parameters \(44\), got 45"):
         replay(dbjax.simulate(NEAR, replicas=1, shards=45, steps=2))
+
+
+def corrupted(trace, what):
+    """A Trace with something changed that leaves it looking like one."""
+    header, columns = dict(trace.header), trace.columns()
+    match what:
+        case "fewer shards" | "more shards":
+            header["shards"] += 1 if what == "more shards" else -1
+        case "fewer replicas":
+            header["replicas"] -= 1
+        case "a row is missing":
+            row = np.flatnonzero(trace.kind == PUSH)[3]
+            return trace.take(np.arange(len(trace)) != row)
+        case "backwards":
+            return trace.take(slice(None, None, -1))
+        case "an unknown step":
+            columns["step"] = np.where(trace.kind == PUSH, 99, trace.step)
+        case "a restored shard":
+            columns["incarnation"] = np.ones(len(trace))
+    return Trace.from_columns(header, **columns)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("fewer shards", "breaks at row .* shard is 2; it must be from 0 to 1"),
+        ("more shards", "computes before it has fetched"),
+        ("fewer replicas", "breaks at row .* replica is 4; it must be from 0 to 3"),
+        ("a row is missing", "breaks at row .* pushes of a shard make versions"),
+        ("backwards", "breaks at row"),
+        ("an unknown step", "PUSH of a step that no COMPUTE row has"),
+        ("a restored shard", r"restored shard \(incarnation above 0\)"),
+    ],
+)
+def test_a_trace_that_does_not_fit_is_never_replayed(what, words, exact):
+    with pytest.raises(ValueError, match=words):
+        replay(corrupted(simulated("far shards"), what), exact=exact)
+
+
+@pytest.mark.parametrize("trace", [None, "run.npz", b"", [], (1, 2), optax.sgd(0.1)])
+def test_what_is_not_a_trace_is_named(trace):
+    with pytest.raises(TypeError, match=r"^trace must be a dbjax\.Trace, got a "):
+        replay(trace)
+
+
+def test_a_trace_that_was_cut_off_is_the_run_so_far(recorded):
+    """Whichever row it ends with: all digests up to there are met, or it is named."""
+    trace = recorded.trace
+    met = set()
+    for end in range(1, len(trace), 37):
+        part = trace.take(slice(0, end))
+        digests = np.count_nonzero(part.digest)
+        if not digests:
+            with pytest.raises(ValueError, match="no PUSH row|holds no digests"):
+                replay(part, verify=True)
+            continue
+        run = replay(part, verify=True)
+        assert run.info.steps == np.count_nonzero(part.kind == COMPUTE)
+        met.add(digests)
+    assert len(met) >= 4
+
+
+@pytest.mark.parametrize("damage", ["cut off", "a bit", "a pickle", "text"])
+def test_a_damaged_file_is_not_replayed(damage, tmp_path, recorded):
+    path = tmp_path / "trace.npz"
+    recorded.trace.save(path)
+    contents = bytearray(path.read_bytes())
+    match damage:
+        case "cut off":
+            del contents[len(contents) // 2 :]
+        case "a bit":
+            contents[len(contents) // 2] ^= 1
+        case "a pickle":
+            contents = pickle.dumps(recorded.trace.columns())
+        case "text":
+            contents = b"{}"
+    path.write_bytes(contents)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        replay(Trace.load(path))
+
+
+def shorter(replica, step):
+    if (replica, step) == (1, 3):
+        return jax.tree.map(lambda a: a[:3], DATA.batch(replica, step))
+
+
+@pytest.mark.parametrize("nbytes", [1 << 20, 0])
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_batch_of_other_shapes_is_named(exact, nbytes, monkeypatch):
+    monkeypatch.setattr(REPLAY, "LOOP_BYTES", nbytes)
+    trace, data = simulated("three shards"), problems.Wrapped(shorter)
+    with pytest.raises(ValueError, match="replica 1|of replica 1, step 3"):
+        replay(trace, data, exact=exact)
 
 
 def test_the_trace_is_left_as_it_was():

@@ -76,11 +76,9 @@ def test_each_lane_is_what_the_textbook_does():
 def test_each_lane_is_one_compiled_replay():
     hyper = {"learning_rate": np.array([0.01, 0.03]), "momentum": np.array([0.5, 0.9])}
     grid = sweep(MIXED, optax.sgd, hyper)
-    for number in (0, 2):
-        rule = optax.sgd(0.03, momentum=0.5)
-        want = replay(MIXED[number], optimizer=rule, exact=False)
-        assert want.info.executor == "loop"
-        assert_close(lane(grid, number, 1, 0), want.params)
+    want = replay(MIXED[2], optimizer=optax.sgd(0.03, momentum=0.5), exact=False)
+    assert want.info.executor == "loop"
+    assert_close(lane(grid, 2, 1, 0), want.params)
 
 
 def test_the_grid_is_labelled():
@@ -133,13 +131,12 @@ def test_a_seed_is_the_start_and_the_keys():
     keywords = {"loss_fn": noisy, "rng": True, "has_aux": True}
     grid = sweep(PLAIN, seeds=seeds, params=start, **keywords)
     assert grid.metrics["loss"].shape == (3, 2)
-    for i, seed in enumerate(seeds):
-        want = dbjax.replay(
-            *(PLAIN, noisy, start(seed), DATA),
-            **{"optimizer": dbjax.adagrad(RATES[1]), "exact": False, "seed": seed},
-            **{"rng": True, "has_aux": True},
-        )
-        assert_close(lane(grid, 1, i), want.params)
+    want = dbjax.replay(
+        *(PLAIN, noisy, start(11), DATA),
+        **{"optimizer": dbjax.adagrad(RATES[1]), "exact": False, "seed": 11},
+        **{"rng": True, "has_aux": True},
+    )
+    assert_close(lane(grid, 1, 1), want.params)
 
 
 def by_staleness(rate):

@@ -1,0 +1,361 @@
+"""L-BFGS as an optax transformation: faster, guarded, and at home on sharded arrays.
+
+The vectors are here, their scalars in `vector_free`. One update makes one round of
+inner products (the whole history with one vector, so two matrix-vector products, and
+five single ones), writes one row, and makes one combination. On sharded parameters the
+round is one all-reduce.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dbjax import trees
+from dbjax.optim import vector_free
+from dbjax.optim.linesearch import LineSearch, more_thuente, scale_by_line_search
+from dbjax.optim.vector_free import Products
+from dbjax.typing import Gradients, Params
+
+
+class ScaleByLBFGSState(NamedTuple):
+    """What L-BFGS remembers; `m` is the memory size.
+
+    Attributes:
+        count: int32, updates so far.
+        params: the parameters of the last update.
+        updates: its gradient.
+        s_history: leaves `[m, ...]`, differences of parameters; row `products.next`
+            is the oldest.
+        y_history: leaves `[m, ...]`, differences of gradients.
+        products: all inner products of these that the next direction needs, and counts
+            of pairs skipped and damped and of restarts.
+    """
+
+    count: jax.Array
+    params: Params
+    updates: Gradients
+    s_history: Params
+    y_history: Gradients
+    products: Products
+
+
+class LBFGSState(NamedTuple):
+    """What `lbfgs(linesearch=None)` carries; see `ScaleByLBFGSState`.
+
+    Attributes:
+        count: int32, updates so far.
+        value: always inf, as no value is known at the newest parameters.
+        params: the parameters of the last update.
+        grad: its gradient.
+        s_history: leaves `[m, ...]`.
+        y_history: leaves `[m, ...]`.
+        products: the inner products.
+    """
+
+    count: jax.Array
+    value: jax.Array
+    params: Params
+    grad: Gradients
+    s_history: Params
+    y_history: Gradients
+    products: Products
+
+
+def scale_by_lbfgs(
+    memory_size: int = 10,
+    scale_init_precond: bool = True,
+    *,
+    history_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Multiply the gradient by the L-BFGS approximation of the inverse Hessian.
+
+    .. math::
+      H_{j+1} = V_j^\top H_j V_j + \rho_j s_j s_j^\top, \quad
+      V_j = I - \rho_j y_j s_j^\top, \quad \rho_j = 1 / s_j^\top y_j
+
+    over the last `memory_size` pairs `s = w' - w` and `y = g' - g`, from `gamma I`. A
+    drop-in for `optax.scale_by_lbfgs`, with the same direction on the same pairs. A
+    pair with too little curvature is damped or skipped and a direction that does not
+    descend is replaced by the gradient, all counted in `state.products`; a gradient
+    that is not finite passes through and never enters the history.
+
+    Differences from float32 gradients are kept in float32; their inner products
+    accumulate there too, the coefficients made from them in float64 where x64 is on.
+
+    Args:
+        memory_size: pairs to keep, at least 1.
+        scale_init_precond: whether `gamma` is `s y / y y` of the newest pair (and
+          `min(1, 1 / |g|)` before there is one); else it is 1.
+        history_dtype: the dtype of the pairs, such as `jnp.bfloat16` for half the
+          memory; that of the parameters (float32 for float16) if not given.
+
+    Returns:
+        An optax transformation with state `ScaleByLBFGSState`. Its update needs
+        `params`.
+
+    Raises:
+        ValueError: `memory_size` is not positive, or `history_dtype` not of floats.
+        TypeError: `memory_size` is not an integer.
+
+    References:
+        Nocedal and Wright, Numerical Optimization (2006), algorithm 7.4 and procedure
+        18.2; see `dbjax.optim.vector_free`.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from dbjax import scale_by_lbfgs
+        >>> grad = jax.grad(lambda w: 2.0 * w[0] ** 2 + 0.5 * w[1] ** 2)
+        >>> rule, params = scale_by_lbfgs(), jnp.array([0.5, 0.0])
+        >>> state = rule.init(params)
+        >>> for _ in range(2):
+        ...     direction, state = rule.update(grad(params), state, params)
+        ...     params = params - direction
+        ...     print(params.tolist())
+        [-0.5, 0.0]
+        [0.0, 0.0]
+    """
+    _check(memory_size)
+    if history_dtype is not None and not jnp.issubdtype(history_dtype, jnp.floating):
+        raise ValueError(f"history_dtype={history_dtype}: allowed are float dtypes")
+
+    def row_dtype(leaf: jax.Array) -> jnp.dtype:
+        if history_dtype is not None and not jnp.iscomplexobj(leaf):
+            return jnp.dtype(history_dtype)
+        return jnp.promote_types(leaf.dtype, jnp.bfloat16)
+
+    def init(params: Params) -> ScaleByLBFGSState:
+        params = jax.tree.map(jnp.asarray, params)
+
+        def rows(leaf: jax.Array) -> jax.Array:
+            return trees.zeros_like(leaf, row_dtype(leaf), memory_size)
+
+        products = vector_free.no_products(memory_size, trees.scalar_dtype())
+        return ScaleByLBFGSState(
+            count=trees.replicated(params, 0, jnp.int32),
+            params=jax.tree.map(trees.zeros_like, params),
+            updates=jax.tree.map(trees.zeros_like, params),
+            s_history=jax.tree.map(rows, params),
+            y_history=jax.tree.map(rows, params),
+            products=jax.tree.map(
+                lambda x: trees.replicated(params, x, x.dtype), products
+            ),
+        )
+
+    @jax.jit
+    def update(
+        updates: Gradients, state: ScaleByLBFGSState, params: Params
+    ) -> tuple[Gradients, ScaleByLBFGSState]:
+        def difference(new: jax.Array, old: jax.Array, row: jax.Array) -> jax.Array:
+            wide = jnp.promote_types(new.dtype, jnp.float32)
+            return (new.astype(wide) - old.astype(wide)).astype(row.dtype)
+
+        s = jax.tree.map(difference, params, state.params, state.s_history)
+        y = jax.tree.map(difference, updates, state.updates, state.y_history)
+        products, pair = vector_free.absorb(
+            state.products,
+            vector_free.Round(
+                rows_sg=trees.rows_vdot(state.s_history, updates),
+                rows_yg=trees.rows_vdot(state.y_history, updates),
+                sy=trees.vdot(s, y),
+                yy=trees.vdot(y, y),
+                sg=trees.vdot(s, updates),
+                yg=trees.vdot(y, updates),
+                gg=trees.vdot(updates, updates),
+            ),
+        )
+        y = jax.tree.map(
+            lambda y, g: _damped(y, g, pair.theta, pair.tau), y, state.updates
+        )
+        s_history = trees.set_row(state.s_history, pair.row, s, pair.accepted)
+        y_history = trees.set_row(state.y_history, pair.row, y, pair.accepted)
+        found, products = vector_free.coefficients(products, scale_init_precond)
+        direction = jax.tree.map(
+            lambda g, s, y: _direction(found.gamma, g, s, y),
+            updates,
+            trees.combine(found.s, s_history),
+            trees.combine(found.y, y_history),
+        )
+        return direction, ScaleByLBFGSState(
+            count=optax.safe_increment(state.count),
+            params=jax.tree.map(lambda p, old: p.astype(old.dtype), params, state.params),
+            updates=jax.tree.map(
+                lambda g, old: g.astype(old.dtype), updates, state.updates
+            ),
+            s_history=s_history,
+            y_history=y_history,
+            products=products,
+        )
+
+    def checked(
+        updates: Gradients,
+        state: Any,
+        params: Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[Gradients, ScaleByLBFGSState]:
+        del extra_args
+        if params is None:
+            raise ValueError("L-BFGS takes their differences: call update with params=")
+        return update(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(init, checked)
+
+
+def lbfgs(
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    memory_size: int = 10,
+    scale_init_precond: bool = True,
+    linesearch: LineSearch | optax.GradientTransformation | None = more_thuente(),  # noqa: B008
+    *,
+    history_dtype: Any = None,
+    aux: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Minimise with L-BFGS and a line search; a drop-in for `optax.lbfgs`.
+
+    .. math::
+      w \leftarrow w - t \, \eta \, H g
+
+    with `H` of `scale_by_lbfgs`, `eta` the learning rate (1 if not given) and `t` what
+    the line search finds, which tries 1 first. After a search that found nothing the
+    history is dropped, so that the next direction is the gradient.
+
+    Args:
+        learning_rate: a number or a schedule of the number of updates.
+        memory_size: pairs to keep, at least 1.
+        scale_init_precond: see `scale_by_lbfgs`.
+        linesearch: one of `dbjax.optim.linesearch`; an optax transformation such as
+          `optax.scale_by_zoom_linesearch(20)`; or None for the step `eta`, which needs
+          no value.
+        history_dtype: see `scale_by_lbfgs`.
+        aux: what `value_fn` returns beside the value, or anything of its structure,
+          shapes and dtypes, if it does; `optax.tree.get(state, "aux")` then gives that
+          of the newest parameters.
+
+    Returns:
+        An optax transformation. Its update is `update(grads, state, params, value=,
+        grad=, value_fn=, **what value_fn takes)`, and `optax.tree.get(state, name)`
+        finds `value` (inf at first), `grad` and `count`.
+
+    Raises:
+        ValueError: an argument is outside its range.
+        TypeError: `memory_size` is not an integer, or `linesearch` is no search.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> import dbjax
+        >>> f = lambda w: jnp.sum((w - jnp.array([1.0, 2.0])) ** 2)
+        >>> rule, params = dbjax.lbfgs(), jnp.zeros(2)
+        >>> state, value_and_grad = rule.init(params), optax.value_and_grad_from_state(f)
+        >>> for _ in range(2):
+        ...     value, grad = value_and_grad(params, state=state)
+        ...     updates, state = rule.update(
+        ...         grad, state, params, value=value, grad=grad, value_fn=f
+        ...     )
+        ...     params = optax.apply_updates(params, updates)
+        >>> print(params, optax.tree.get(state, "value"))
+        [1. 2.] 0.0
+    """
+    direct = scale_by_lbfgs(
+        memory_size, scale_init_precond, history_dtype=history_dtype
+    )
+    rate = 1.0 if learning_rate is None else learning_rate
+    if linesearch is None:
+        return _plain(direct, rate)
+    if isinstance(linesearch, LineSearch):
+        search = scale_by_line_search(linesearch, aux=aux)
+    elif isinstance(linesearch, optax.GradientTransformation):
+        search = optax.with_extra_args_support(linesearch)
+    else:
+        raise TypeError(
+            f"linesearch={linesearch!r}: allowed are a dbjax.optim.linesearch, an optax "
+            "transformation and None"
+        )
+
+    def init(params: Params) -> tuple[ScaleByLBFGSState, Any]:
+        return direct.init(params), search.init(params)
+
+    def update(
+        updates: Gradients,
+        state: Any,
+        params: Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[Gradients, tuple[ScaleByLBFGSState, Any]]:
+        updates, direction = _step(direct, rate, updates, state[0], params)
+        updates, line = search.update(updates, state[1], params, **extra_args)
+        if isinstance(linesearch, LineSearch):
+            products = trees.where(
+                line.learning_rate == 0,
+                vector_free.restart(direction.products),
+                direction.products,
+            )
+            direction = direction._replace(products=products)
+        return updates, (direction, line)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _plain(
+    direct: optax.GradientTransformationExtraArgs, rate: Any
+) -> optax.GradientTransformationExtraArgs:
+    """The direction times the learning rate, with `value` and `grad` in its state."""
+
+    def wrapped(state: ScaleByLBFGSState, value: jax.Array) -> LBFGSState:
+        count, params, grad, *rest = state
+        return LBFGSState(count, value, params, grad, *rest)
+
+    def init(params: Params) -> LBFGSState:
+        dtype = jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).dtype
+        return wrapped(direct.init(params), trees.replicated(params, jnp.inf, dtype))
+
+    def update(
+        updates: Gradients,
+        state: Any,
+        params: Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[Gradients, LBFGSState]:
+        del extra_args
+        count, value, *rest = state
+        before = ScaleByLBFGSState(count, *rest)
+        updates, after = _step(direct, rate, updates, before, params)
+        return updates, wrapped(after, value)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _step(
+    direct: optax.GradientTransformationExtraArgs,
+    rate: Any,
+    updates: Gradients,
+    state: ScaleByLBFGSState,
+    params: Params | None,
+) -> tuple[Gradients, ScaleByLBFGSState]:
+    """The direction downhill times the learning rate."""
+    eta = rate(state.count) if callable(rate) else rate
+    direction, state = direct.update(updates, state, params)
+    return jax.tree.map(lambda d: jnp.asarray(-eta, d.dtype) * d, direction), state
+
+
+def _check(memory_size: int) -> None:
+    if isinstance(memory_size, bool) or not hasattr(memory_size, "__index__"):
+        raise TypeError(f"memory_size={memory_size!r}: allowed are integers from 1")
+    if memory_size < 1:
+        raise ValueError(f"memory_size={memory_size}: allowed are integers from 1")
+
+
+def _damped(
+    y: jax.Array, g_before: jax.Array, theta: jax.Array, tau: jax.Array
+) -> jax.Array:
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    real = jnp.finfo(wide).dtype
+    damped = theta.astype(real) * y.astype(wide) - tau.astype(real) * g_before
+    # Where nothing is damped `y` must stay to the bit, whatever the gradient was.
+    return jnp.where(tau == 0, y, damped.astype(y.dtype))
+
+
+def _direction(
+    gamma: jax.Array, g: jax.Array, s: jax.Array, y: jax.Array
+) -> jax.Array:
+    wide = jnp.promote_types(g.dtype, jnp.float32)
+    total = gamma.astype(jnp.finfo(wide).dtype) * g.astype(wide)
+    return (total + s.astype(wide) + y.astype(wide)).astype(g.dtype)

@@ -1,0 +1,235 @@
+"""L-BFGS on scalars: what the inner products of its vectors say, and nothing else.
+
+Whoever holds the vectors (an optax transformation, a coordinator of shards) makes one
+round of inner products, gives them to `absorb`, asks `coefficients`, and makes one
+linear combination. Vectors are never seen here.
+
+With rows ordered by age, the oldest first, `S` and `Y` the last `m` differences of
+parameters and of gradients, `R` the upper triangle of `S Y'` and `D` its diagonal, the
+two loops of the two-loop recursion are two triangular systems::
+
+    R alpha = S g                                  (newest to oldest)
+    R' c    = D alpha - gamma (Y g - Y Y' alpha)   (oldest to newest)
+    H g     = gamma g + S' c - gamma Y' alpha
+
+New in each round are only the products with the newest gradient: those with the newest
+`y` follow, as `y = g - g_before` and the products with `g_before` are known.
+
+Sources: Nocedal and Wright, Numerical Optimization (2006), algorithm 7.4; Byrd, Nocedal
+and Schnabel (1994), theorem 2.2; Chen, Wang and Zhou (2014) for the vector-free form.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+
+# Powell's damping (Nocedal and Wright, procedure 18.2) lifts the curvature to this
+# share of the model's, once it is below that share of it (or negative).
+LIFTED, TOO_SMALL = 0.2, 1e-6
+
+
+class Products(NamedTuple):
+    """What is known of the `m` pairs and of the latest gradient `g`; by age.
+
+    Attributes:
+        sy: `[m, m]`, `s_i y_j` for `i <= j`; the unit matrix where there is no pair.
+        yy: `[m, m]`, `y_i y_j`; zero where there is no pair.
+        sg: `[m]`, `s_i g`.
+        yg: `[m]`, `y_i g`.
+        gg: `g g`.
+        slope: `g H g` of the latest direction; 0 if there is none to build a pair on.
+        pairs: int32, how many pairs are held, at most `m`.
+        next: int32, the row of the history that the next pair goes to.
+        skipped: int32, pairs that were refused.
+        damped: int32, pairs whose curvature was lifted.
+        restarts: int32, directions that did not descend.
+    """
+
+    sy: jax.Array
+    yy: jax.Array
+    sg: jax.Array
+    yg: jax.Array
+    gg: jax.Array
+    slope: jax.Array
+    pairs: jax.Array
+    next: jax.Array
+    skipped: jax.Array
+    damped: jax.Array
+    restarts: jax.Array
+
+
+class Round(NamedTuple):
+    """One round of inner products, with `s`, `y` the newest differences.
+
+    Attributes:
+        rows_sg: `[m]`, the rows of `S`, in the order they are stored, with `g`.
+        rows_yg: `[m]`, those of `Y`.
+        sy: `s y`.
+        yy: `y y`.
+        sg: `s g`.
+        yg: `y g`.
+        gg: `g g`.
+    """
+
+    rows_sg: jax.Array
+    rows_yg: jax.Array
+    sy: jax.Array
+    yy: jax.Array
+    sg: jax.Array
+    yg: jax.Array
+    gg: jax.Array
+
+
+class Pair(NamedTuple):
+    """What to store: `s` and `theta y - tau g_before`, in `row`, if `accepted`."""
+
+    accepted: jax.Array
+    row: jax.Array
+    theta: jax.Array
+    tau: jax.Array
+
+
+class Coefficients(NamedTuple):
+    """The direction `H g = gamma g + s S + y Y`, in the order the rows are stored."""
+
+    gamma: jax.Array
+    s: jax.Array
+    y: jax.Array
+
+
+def no_products(memory_size: int, dtype: jnp.dtype) -> Products:
+    """Give what is known before the first gradient."""
+    zeros = [jnp.zeros([], jnp.int32) for _ in range(5)]
+    return Products(
+        sy=jnp.eye(memory_size, dtype=dtype),
+        yy=jnp.zeros((memory_size, memory_size), dtype),
+        sg=jnp.zeros(memory_size, dtype),
+        yg=jnp.zeros(memory_size, dtype),
+        gg=jnp.zeros([], dtype),
+        slope=jnp.zeros([], dtype),
+        pairs=zeros[0],
+        next=zeros[1],
+        skipped=zeros[2],
+        damped=zeros[3],
+        restarts=zeros[4],
+    )
+
+
+def restart(products: Products) -> Products:
+    """Forget all pairs; the counts stay, and so does the latest gradient."""
+    fresh = no_products(len(products.sg), products.sg.dtype)
+    return products._replace(
+        sy=fresh.sy, yy=fresh.yy, sg=fresh.sg, yg=fresh.yg, pairs=fresh.pairs
+    )
+
+
+def absorb(products: Products, new: Round) -> tuple[Products, Pair]:
+    r"""Judge the newest pair and take it, or not, into the products.
+
+    The model says `B s = -t g_before` for a step of `t` along its own direction, and
+    `t` follows from two products. Where `s y` is not above a small share of `s B s`,
+    `y` is damped to `theta y + (1 - theta) B s`, so that `s y` becomes `0.2 s B s`.
+    What is not finite, or leaves `s y` at zero, is skipped.
+
+    Args:
+        products: what was known.
+        new: the round's products.
+
+    Returns:
+        What is known now, for `coefficients`, and what to do with the pair.
+    """
+    held = jnp.arange(len(products.sg)) >= len(products.sg) - products.pairs
+    rows_sg = jnp.where(held, jnp.roll(new.rows_sg, -products.next), 0)
+    rows_yg = jnp.where(held, jnp.roll(new.rows_yg, -products.next), 0)
+
+    before = new.sg - new.sy, new.yg - new.yy  # s and y with the gradient before
+    has_before = products.slope > 0
+    t = -before[0] / jnp.where(has_before, products.slope, 1)
+    model = -t * before[0]
+    damps = ~(new.sy > TOO_SMALL * model * jnp.minimum(1, 1 / jnp.abs(t)))
+    theta = jnp.where(damps, (1 - LIFTED) * model / (model - new.sy), 1)
+    tau = jnp.where(damps, (1 - theta) * t, 0)
+
+    def damp(y: jax.Array, g_before: jax.Array) -> jax.Array:
+        return jnp.where(damps, theta * y - tau * g_before, y)
+
+    y_before = damp(before[1], products.gg)
+    sy, yg = damp(new.sy, before[0]), damp(new.yg, new.gg - new.yg)
+    yy = damp(damp(new.yy, before[1]), y_before)
+    sum_of_all = sum(jnp.sum(x) for x in (*new, theta, tau))
+    accepted = has_before & (sy > 0) & (yy > 0) & jnp.isfinite(sum_of_all)
+    accepted &= jnp.isfinite(sy / yy)
+
+    column = damp(rows_sg - products.sg, products.sg)
+    cross = damp(rows_yg - products.yg, products.yg)
+    with_pair = products._replace(
+        sy=_grow(products.sy, jnp.zeros_like(column), column, sy),
+        yy=_grow(products.yy, cross, cross, yy),
+        sg=jnp.append(rows_sg[1:], new.sg),
+        yg=jnp.append(rows_yg[1:], yg),
+        pairs=jnp.minimum(products.pairs + 1, len(held)),
+        next=(products.next + 1) % len(held),
+    )
+    without = products._replace(sg=rows_sg, yg=rows_yg)
+    after = jax.tree.map(lambda a, b: jnp.where(accepted, a, b), with_pair, without)
+    after = after._replace(
+        gg=new.gg,
+        slope=jnp.zeros_like(products.slope),
+        skipped=products.skipped + (has_before & ~accepted),
+        damped=products.damped + (accepted & damps),
+    )
+    return after, Pair(accepted, products.next, theta, tau)
+
+
+def coefficients(
+    products: Products, scale_init_precond: bool = True
+) -> tuple[Coefficients, Products]:
+    """Give the coefficients of the direction; what is known then holds its slope.
+
+    Without pairs `gamma` is `min(1, 1 / |g|)`, so that the first step is no longer than
+    1 (Nocedal and Wright, after equation 6.20, leave it open), later `s y / y y` of the
+    newest pair. A direction whose slope is not above rounding is replaced by the
+    gradient, and the pairs are forgotten.
+
+    Args:
+        products: as `absorb` gave them.
+        scale_init_precond: whether to use `gamma`; else it is 1.
+    """
+    sy, yy, sg, yg, gg = products[:5]
+    first = jnp.where(gg > 1, jax.lax.rsqrt(gg), 1) if scale_init_precond else 1.0
+    first = jnp.asarray(first, gg.dtype)
+    gamma = first
+    if scale_init_precond:
+        newest = sy[-1, -1] / jnp.where(products.pairs > 0, yy[-1, -1], 1)
+        gamma = jnp.where(products.pairs > 0, newest, first)
+    alpha = solve_triangular(sy, sg)
+    right = jnp.diag(sy) * alpha - gamma * (yg - yy @ alpha)
+    c = solve_triangular(sy, right, trans=1)
+    terms = gamma * gg, jnp.sum(c * sg), -gamma * jnp.sum(alpha * yg)
+    slope = sum(terms)
+    size = gamma * gg + jnp.sum(jnp.abs(c * sg)) + gamma * jnp.sum(jnp.abs(alpha * yg))
+    rounding = len(sg) * jnp.finfo(sg.dtype).eps * size
+    failed = (products.pairs > 0) & jnp.isfinite(gg) & (gg > 0) & ~(slope > rounding)
+    again = restart(products)._replace(restarts=products.restarts + 1)
+    products = jax.tree.map(lambda a, b: jnp.where(failed, a, b), again, products)
+    slope = jnp.where(failed, first * gg, slope)
+    slope = jnp.where(jnp.isfinite(slope), slope, 0)
+
+    def stored(x: jax.Array) -> jax.Array:
+        return jnp.roll(jnp.where(failed, 0, x), products.next)
+
+    found = Coefficients(
+        jnp.where(failed, first, gamma), stored(c), stored(-gamma * alpha)
+    )
+    return found, products._replace(slope=slope)
+
+
+def _grow(
+    old: jax.Array, row: jax.Array, column: jax.Array, corner: jax.Array
+) -> jax.Array:
+    """Drop the oldest row and column and add the newest."""
+    grown = jnp.pad(old[1:, 1:], ((0, 1), (0, 1)))
+    grown = grown.at[-1, :-1].set(row[1:]).at[:-1, -1].set(column[1:])
+    return grown.at[-1, -1].set(corner)

@@ -1,0 +1,68 @@
+"""Functions of vectors, coefficient by coefficient, that shards know by name.
+
+Each takes arrays of one shape, then numbers, and gives an array of that shape; none
+looks at another coefficient, so the result does not depend on the split over shards.
+For OWL-QN see Andrew and Gao, "Scalable training of L1-regularized log-linear models",
+ICML 2007, section 3.2.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+class Operation(NamedTuple):
+    """A function and how many vectors and numbers it takes."""
+
+    function: Callable[..., Array]
+    vectors: int
+    scalars: int = 0
+
+
+def pseudo_gradient(x: Array, g: Array, weight: Array) -> Array:
+    r"""The steepest one-sided derivative of `f(x) + weight |x|_1`.
+
+    `g + weight sign(x)` where `x` is not 0; there it is `g + weight` if that is
+    negative, `g - weight` if that is positive, and 0 between (equation 4).
+    """
+    at_zero = jnp.sign(g) * jnp.maximum(jnp.abs(g) - weight, 0)
+    return jnp.where(x == 0, at_zero, g + weight * jnp.sign(x))
+
+
+def orthant(x: Array, pseudo: Array) -> Array:
+    """The signs to stay with: those of `x`, and where it is 0 those of the descent."""
+    return jnp.where(x == 0, -jnp.sign(pseudo), jnp.sign(x))
+
+
+def align(direction: Array, pseudo: Array) -> Array:
+    """The direction where it descends along that coefficient, and 0 elsewhere."""
+    return jnp.where(direction * pseudo < 0, direction, jnp.zeros_like(direction))
+
+
+def project_orthant(x: Array, signs: Array) -> Array:
+    """`x` where it has the given sign, and 0 elsewhere."""
+    return jnp.where(jnp.sign(x) == signs, x, jnp.zeros_like(x))
+
+
+def free_gradient(x: Array, g: Array, lower: Array, upper: Array) -> Array:
+    """The gradient, but 0 where a bound is reached and descent would cross it."""
+    held = ((x <= lower) & (g > 0)) | ((x >= upper) & (g < 0))
+    return jnp.where(held, jnp.zeros_like(g), g)
+
+
+OPERATIONS = {
+    # Not a combination with coefficients 0, which would keep NaN.
+    "zero": Operation(jnp.zeros_like, 1),
+    "multiply": Operation(jnp.multiply, 2),
+    "sign": Operation(jnp.sign, 1),
+    "clip": Operation(lambda x, lower, upper: jnp.clip(x, lower, upper), 3),
+    "free_gradient": Operation(free_gradient, 4),
+    "pseudo_gradient": Operation(pseudo_gradient, 2, 1),
+    "orthant": Operation(orthant, 2),
+    "align": Operation(align, 2),
+    "project_orthant": Operation(project_orthant, 2),
+}
