@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dbjax import trace as trace_lib
-from dbjax.trace import COMPUTE, FAIL, FETCH, PUSH, Trace
+from dbjax.trace import COMPUTE, FAIL, FETCH, PUSH, Trace, groups
 
 
 def two_shards() -> Trace:
@@ -415,3 +415,12 @@ def test_perfetto_slices_of_a_track_never_overlap(tmp_path, overlap):
     assert count == 4 * 200
     with pytest.raises(ValueError, match="seconds must be positive"):
         trace.to_perfetto(tmp_path / "run.json", seconds=0)
+
+
+def test_keys_too_wide_for_one_integer_stay_apart():
+    """Ids may be anything that an int64 holds."""
+    ids = np.array([0, 4, 0, 2**62, 0])
+    others = np.array([0, 0, 2**62, 5, 0])
+    combined = groups.combine((ids, others, ids))
+    assert len(set(combined.tolist())) == 4
+    assert combined[0] == combined[4]

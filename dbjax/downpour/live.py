@@ -94,7 +94,6 @@ class Live:
                     elif name == "eval":
                         self._evaluate(what)
                     elif name == "checkpoint":
-                        what.release()
                         with crew.quiet():
                             self._save()
             if failed is None and a.eval_fn is not None:

@@ -7,6 +7,7 @@ import jax
 
 from dbjax.downpour.arguments import Arguments
 from dbjax.downpour.problem import Problem
+from dbjax.runtime.lanes import cores
 
 
 def describe_machine(problem: Problem) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def describe_machine(problem: Problem) -> dict[str, Any]:
         "batch_size": int(shape[0]) if shape else 1,
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
-        "threads": os.cpu_count(),
+        "threads": cores(),
     }
 
 

@@ -124,7 +124,7 @@ def simulate_run(
 
 def _shard_bytes(given: Any, shards: int) -> tuple[int, ...]:
     """Give the size of each shard; one number is cut evenly."""
-    if not isinstance(given, Sequence | np.ndarray) or isinstance(given, str):
+    if not isinstance(given, Sequence | np.ndarray) or np.ndim(given) == 0:
         share, rest = divmod(whole("parameter_bytes", given, 0), shards)
         return tuple(share + (shard < rest) for shard in range(shards))
     if len(given) != shards:

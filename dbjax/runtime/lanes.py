@@ -11,6 +11,13 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def spread(work: Callable[[T], U], items: Sequence[T]) -> list[U]:
     """Apply `work` to each item, several at a time, item `i` on device `i mod devices`.
 
@@ -30,7 +37,7 @@ def spread(work: Callable[[T], U], items: Sequence[T]) -> list[U]:
     devices = jax.local_devices()
     threads = len(devices)
     if devices[0].platform == "cpu":
-        threads = max(threads, os.cpu_count() or 1)
+        threads = max(threads, cores())
 
     def one(index: int) -> U:
         with jax.default_device(devices[index % len(devices)]):

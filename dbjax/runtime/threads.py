@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
+from dbjax.runtime import interrupts
 from dbjax.runtime.base import MOST_REJECTED, Program, RejectedTooOften
 from dbjax.runtime.live_shard import LiveShard, Snapshot
 from dbjax.runtime.recorder import Recorder
@@ -137,9 +138,14 @@ class Crew:
             )
             for r in range(self.program.replicas)
         ]
+        pressed: list[bool] = []
         try:
-            for thread in self.threads:
-                thread.start()
+            # A thread half started can neither be joined nor be left alone.
+            with interrupts.deferred(lambda: True, lambda: pressed.append(True)):
+                for thread in self.threads:
+                    thread.start()
+            if pressed:
+                raise KeyboardInterrupt
             yield
         finally:
             self.stop()
@@ -226,27 +232,25 @@ class Crew:
             # Under the lock, so that the driver hears of minibatches in order.
             for name, every in self.marks.items():
                 if every and finished % every == 0:
-                    self.events.put((name, self.snapshot(finished)))
+                    held = self.snapshot(finished) if name == "eval" else None
+                    self.events.put((name, held))
 
     def push(self, replica: int, step: int, messages: list[Push], count: int) -> None:
         """Hand a push to every shard."""
-        add, start = self.recorder.add, self.recorder.now()
+        start = self.recorder.now()
         protocol, clocks = self.program.tickets.protocol, self.program.tickets.clocks
 
         def takes(staleness: int) -> bool:
             return protocol.free_running or protocol.takes(clocks, replica, staleness)
 
+        def recording(shard: LiveShard, message: Push) -> Callable[[int, int], None]:
+            place = PUSH, replica, start, shard.index, step, -1
+            return lambda version, status: self.recorder.add(
+                *place, version, message.base, count, status, shard.nbytes, message.id
+            )
+
         for shard, message in zip(self.shards, messages, strict=True):
-
-            def record(
-                version: int, status: int, shard: LiveShard = shard, id_: int =
-                  message.id,
-                base: int = message.base,
-            ) -> None:  # fmt: skip
-                add(PUSH, replica, start, shard.index, step, -1, version, base, count,
-                    status, shard.nbytes, id_)  # fmt: skip
-
-            version = shard.push(message, takes, record)
+            version = shard.push(message, takes, recording(shard, message))
             every = self.runtime.digest_every
             if every and version % every == 0:
                 self._digest(shard)

@@ -10,9 +10,16 @@ def combine(keys: Keys) -> np.ndarray:
     result = np.zeros(len(keys[0]), np.int64)
     if not len(result):
         return result
+    most = 0
     for key in keys:
         low, high = int(key.min()), int(key.max())
-        result = result * (high - low + 1) + (key.astype(np.int64) - low)
+        width = high - low + 1
+        if (most + 1) * width > np.iinfo(np.int64).max:  # too wide: number what occurs
+            result = np.unique(result, return_inverse=True)[1].astype(np.int64)
+            distinct, key = np.unique(key, return_inverse=True)
+            low, width, most = 0, len(distinct), int(result.max())
+        result = result * width + (key.astype(np.int64) - low)
+        most = (most + 1) * width - 1
     return result
 
 

