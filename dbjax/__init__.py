@@ -20,6 +20,8 @@ from dbjax.downpour.simulate import simulate as simulate
 from dbjax.downpour.sweep import sweep as sweep
 from dbjax.optim import adagrad as adagrad
 from dbjax.optim import delay_gradients as delay_gradients
+from dbjax.optim import lbfgs as lbfgs
+from dbjax.optim import scale_by_lbfgs as scale_by_lbfgs
 from dbjax.optim import stale as stale
 from dbjax.optim import stale_params as stale_params
 from dbjax.runtime.emulated import Emulated as Emulated
@@ -46,7 +48,9 @@ __all__ = [
     "downpour",
     "from_arrays",
     "from_iterators",
+    "lbfgs",
     "replay",
+    "scale_by_lbfgs",
     "simulate",
     "stale",
     "stale_params",

@@ -109,7 +109,9 @@ def set_row(rows: Params, index: jax.Array, v: Params, condition: Any) -> Params
     return jax.tree.map(leaf, rows, v)
 
 
-def zeros_like(leaf: jax.Array, dtype: Any = None, rows: int | None = None) -> jax.Array:
+def zeros_like(
+    leaf: jax.Array, dtype: Any = None, rows: int | None = None
+) -> jax.Array:
     """Give zeros like a leaf, or `rows` of them, in a buffer of their own.
 
     They are sharded like the leaf: where it lies if it is concrete; inside jit, where
@@ -120,22 +122,27 @@ def zeros_like(leaf: jax.Array, dtype: Any = None, rows: int | None = None) -> j
     dtype = leaf.dtype if dtype is None else dtype
     if not isinstance(leaf, jax.core.Tracer):
         place = leaf.sharding if leaf.committed else None
-        return jnp.zeros(shape, dtype, device=_rows_sharding(place, rows))
+        return jnp.zeros(shape, dtype, device=_rows_sharding(place, leaf.ndim, rows))
     zeros = jnp.zeros(shape, dtype)
     if explicit := _explicit(leaf):
-        return jax.sharding.reshard(zeros, _rows_sharding(explicit, rows))
+        zeros, _ = jax.lax.optimization_barrier((zeros, leaf))  # else it is not used
+        return jax.sharding.reshard(zeros, _rows_sharding(explicit, leaf.ndim, rows))
     return shard_alike(zeros, jnp.broadcast_to(leaf, shape).astype(dtype))[0]
 
 
 def replicated(params: Params, value: Any, dtype: Any) -> jax.Array:
     """Give a small array that lies whole on every device that holds the params."""
+    array = jnp.array(value, dtype)
     for leaf in jax.tree.leaves(params):
-        sharding = getattr(leaf, "sharding", None)
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
-            if isinstance(sharding, NamedSharding):
-                place = NamedSharding(sharding.mesh, PartitionSpec())
-                return jax.device_put(jnp.array(value, dtype), place)
-    return jnp.array(value, dtype)
+        if isinstance(leaf, jax.core.Tracer):
+            sharding = _explicit(leaf)
+        else:
+            sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding):
+            place = _written(NamedSharding(sharding.mesh, PartitionSpec()), array.ndim)
+            traced = isinstance(array, jax.core.Tracer)
+            return (jax.sharding.reshard if traced else jax.device_put)(array, place)
+    return array
 
 
 def _leaf_vdot(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -162,17 +169,12 @@ def _leaf_rows_vdot(rows: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _leaf_combine(coefficients: jax.Array, rows: jax.Array) -> jax.Array:
+    # Term by term, which XLA makes one loop. As a product with a matrix it is no
+    # faster, and rows that were just written to would be copied whole before it.
     wide = _wide(rows)
     coefficients = coefficients.astype(_real(wide))
-    if rows.dtype.itemsize < 4:
-        terms = [c * row.astype(wide) for c, row in zip(coefficients, rows, strict=True)]
-        return sum(terms[1:], start=terms[0])
-    return jax.lax.dot_general(
-        coefficients.astype(wide),
-        rows,
-        (((0,), (0,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-    )
+    terms = [coefficients[i] * rows[i].astype(wide) for i in range(len(rows))]
+    return sum(terms[1:], start=terms[0])
 
 
 def _total(products: Params) -> jax.Array:
@@ -191,10 +193,27 @@ def _real(dtype: jnp.dtype) -> jnp.dtype:
 def _explicit(x: jax.Array) -> NamedSharding | None:
     """The sharding in an array's type, where the mesh has axes of the Explicit kind."""
     sharding = jax.typeof(x).sharding
-    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+    return sharding if _is_explicit(sharding) else None
 
 
-def _rows_sharding(sharding: Any, rows: int | None) -> Any:
-    if rows is None or not isinstance(sharding, NamedSharding):
+def _is_explicit(sharding: NamedSharding) -> bool:
+    return AxisType.Explicit in sharding.mesh.axis_types
+
+
+def _rows_sharding(sharding: Any, ndim: int, rows: int | None) -> Any:
+    """The sharding of a leaf of `ndim` axes, or of rows of it."""
+    if not isinstance(sharding, NamedSharding):
         return sharding
-    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+    first = [] if rows is None else [None]
+    spec = PartitionSpec(*first, *sharding.spec)
+    return _written(NamedSharding(sharding.mesh, spec), ndim + len(first))
+
+
+def _written(sharding: NamedSharding, ndim: int) -> NamedSharding:
+    """The same sharding as jit writes it on outputs, or a second compilation follows."""
+    spec = list(sharding.spec)
+    while spec and spec[-1] is None:
+        spec.pop()
+    if _is_explicit(sharding):
+        spec += [None] * (ndim - len(spec))
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))

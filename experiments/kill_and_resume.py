@@ -61,7 +61,8 @@ _KEEP = flags.DEFINE_string(
 )
 _CHILD = flags.DEFINE_string("child", None, "Used between this script's processes.")
 
-_REPLICAS, _SHARDS = 6, 3
+_REPLICAS, _SHARDS = 6, 2
+_STARTUP = 2.0  # seconds that a child takes to begin, about
 _OPTIMIZER = dbjax.adagrad(0.05)
 _PACE = 0.01  # seconds a minibatch, or writing checkpoints would be all there is
 _PATIENCE = 300.0  # seconds that a child may need to get anywhere
@@ -108,7 +109,7 @@ class Moment(NamedTuple):
 
 def loss_fn(params: Params, batch: Batch) -> jax.Array:
     """The mean squared error of a network with one hidden layer."""
-    hidden = jnp.tanh(batch["x"] @ params["in"] + params["bias"])
+    hidden = jnp.tanh(batch["x"] @ params["in"])
     return jnp.mean((hidden @ params["out"] - batch["y"]) ** 2)
 
 
@@ -119,7 +120,6 @@ def problem() -> tuple[Params, Any]:
     y = np.sin(x.sum(axis=1)).astype(np.float32)
     params = {
         "in": 0.3 * rng.standard_normal((8, 16)).astype(np.float32),
-        "bias": np.zeros(16, np.float32),
         "out": 0.3 * rng.standard_normal(16).astype(np.float32),
     }
     return params, dbjax.from_arrays({"x": x, "y": y}, batch_size=16, seed=0)
@@ -182,10 +182,10 @@ def arrays(run: Any) -> dict[str, np.ndarray]:
 # Killing.
 
 
-def draw(rng: np.random.Generator, startup: float) -> Moment:
-    """Draw a moment; `startup` is how long a child takes to its first minibatch."""
+def draw(rng: np.random.Generator) -> Moment:
+    """Draw a moment."""
     what = str(rng.choice(["starting", "computing", "writing"], p=[0.1, 0.5, 0.4]))
-    longest = {"starting": startup, "computing": 0.1, "writing": 0.03}[what]
+    longest = {"starting": _STARTUP, "computing": 0.1, "writing": 0.03}[what]
     return Moment(what, int(rng.integers(0, 3)), longest * rng.random())
 
 
@@ -280,7 +280,8 @@ def _partial(checkpoints: pathlib.Path) -> set[tuple[int, int]]:
 
 def _read_log(log: pathlib.Path) -> list[tuple[int, int]]:
     """Read which minibatches were begun; the first one asked for only shows shapes."""
-    lines = log.read_text().splitlines() if log.exists() else []
+    text = log.read_text() if log.exists() else ""
+    lines = text[: text.rfind("\n") + 1].splitlines()
     pairs = [line.split() for line in lines[1:]]
     return [(int(replica), int(index)) for replica, index in pairs]
 
@@ -288,25 +289,31 @@ def _read_log(log: pathlib.Path) -> list[tuple[int, int]]:
 # Checking.
 
 
-def next_batches(folder: pathlib.Path, order: Sequence[tuple[int, int]]) -> list[int]:
-    """Give the index of each replica's first minibatch after the newest checkpoint.
+def look(
+    folder: pathlib.Path, order: Sequence[tuple[int, int]]
+) -> tuple[int, list[int], list[str]]:
+    """Look at what the next child will find.
 
     Args:
-      folder: where the child works.
+      folder: where it will work.
       order: the minibatches of the run that was never killed, if there is one.
 
-    Raises:
-      AssertionError: the newest checkpoint is not whole.
+    Returns:
+      The step of the newest checkpoint that is whole; the index of each replica's
+      first minibatch after it; and what is wrong.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # `latest` warns of what is damaged
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         saved = checkpoint.latest(folder / "checkpoints")
+    faults = [str(warning.message) for warning in caught]  # of what is damaged
     if saved is None:
-        return [0] * _REPLICAS
+        return 0, [0] * _REPLICAS, faults
     if order:
         done = [replica for replica, _ in order[: saved.step]]
-        return [done.count(replica) for replica in range(_REPLICAS)]
-    return list(saved.note["batches"])
+        following = [done.count(replica) for replica in range(_REPLICAS)]
+    else:
+        following = list(saved.note["batches"])
+    return saved.step, following, faults
 
 
 def check_life(
@@ -397,25 +404,26 @@ def prove(job: Job, kills: int, seed: int, home: pathlib.Path) -> list[str]:
     console, rng = rich.console.Console(), np.random.default_rng(seed)
     folder, reference = home / "killed", home / "reference"
     order: list[tuple[int, int]] = []
-    startup, faults, taken = 2.0, [], 0
+    faults: list[str] = []
+    taken = 0
     if job.runtime == "emulated":
         reference.mkdir(parents=True)
         with console.status("the reference, which nobody kills"):
-            whole = live(reference, job, None)
-        order = whole.begun
-        faults += check_life(whole, 0, [0] * _REPLICAS, order, job)
-        startup = whole.seconds / 2
+            train(reference, job)
+        order = _read_log(reference / "log")
+        if len(order) != job.steps:
+            faults.append(f"the reference computed {len(order)} of {job.steps} steps")
     table = rich.table.Table(box=rich.box.SIMPLE)
     for column in ("life", "resumed at", "minibatches", "saved", "again", "lived"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("killed while", no_wrap=True)
     folder.mkdir(parents=True)
     while True:
-        moment = draw(rng, startup) if taken < kills else None
-        saved, following = _newest(folder / "checkpoints"), next_batches(folder, order)
+        moment = draw(rng) if taken < kills else None
+        saved, following, found = look(folder, order)
         with console.status(f"{taken} of {kills} kills"):
             life = live(folder, job, moment)
-        found = check_life(life, saved, following, order, job)
+        found += check_life(life, saved, following, order, job)
         taken += not life.finished
         number = table.row_count + 1
         table.add_row(*describe(number, life, saved, following, job))

@@ -131,18 +131,20 @@ def _mark_lead(panel: axes.Axes, traces: Mapping[str, Trace]) -> str:
 
 
 def _tick_logarithmic(axis: axis_lib.Axis) -> None:
-    """Put three to seven plain numbers on a logarithmic axis, whatever it spans."""
+    """Put a few plain numbers on a logarithmic axis, whatever it spans."""
     low, high = sorted(axis.get_view_interval())
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     marks: list[float] = []
-    for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), range(10, 100, 2)):
-        powers = [10.0**decade for decade in decades]
-        scale = 10 if len(digits) > 6 else 1
-        marks = [digit * power / scale for power in powers for digit in digits]
+    for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+        marks = [digit * 10.0**decade for decade in decades for digit in digits]
         marks = [mark for mark in marks if low <= mark <= high]
         if len(marks) >= 3:
             break
-    axis.set_major_locator(ticker.FixedLocator(marks[:: 1 + (len(marks) - 1) // 7]))
+    else:  # less than about a factor of three: as good as linear
+        marks = [float(mark) for mark in ticker.MaxNLocator(4).tick_values(low, high)]
+        marks = [mark for mark in marks if low <= mark <= high]
+    every = 1 + max(0, len(marks) - 1) // 7
+    axis.set_major_locator(ticker.FixedLocator(marks[::every]))
     axis.set_major_formatter(_plain())
     axis.set_minor_formatter(ticker.NullFormatter())
 
@@ -153,8 +155,8 @@ def staleness(trace: Trace, name: str) -> figure.Figure:
     stale = trace.staleness()
     stale = stale[stale >= 0]
     mean, largest = stale.mean(), int(stale.max())
-    top = int(np.quantile(stale, 0.999)) + 1
-    if largest < 1.5 * top:  # all of it, unless that is a long and empty tail
+    top = int(1.25 * np.quantile(stale, 0.99)) + 1
+    if largest < 1.5 * top:  # all of it, unless a slow replica makes a long tail
         top = largest + 1
     # A bin holds whole numbers only, so that no bin is higher by counting more.
     width = max(1, -(-top // 60))
@@ -173,7 +175,8 @@ def staleness(trace: Trace, name: str) -> figure.Figure:
     )
     beyond = ""
     if largest > edges[-1]:
-        beyond = f"; the largest, {largest:,}, is not shown"
+        share = 100 * np.mean(stale > edges[-1])
+        beyond = f"; {share:.2g} % miss more, up to {largest:,}"
     panel.set(xlabel=f"staleness (updates missed){beyond}", xlim=(edges[0], edges[-1]))
     panel.set(ylabel="share of pushes (%)")
     panel.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))

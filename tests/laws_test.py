@@ -396,3 +396,19 @@ def test_each_function_is_compiled_once_per_run_and_shape(runtime, kind, compila
         # The second run finds small functions of the first one in JAX's own cache.
         assert before is None or compilations <= before
         before = compilations.copy()
+
+
+def test_shards_of_one_shape_share_what_is_compiled(compilations):
+    """Four cost what two cost."""
+    before = None
+
+    def loss(params, batch):
+        return jnp.mean((batch["x"][:, :8] @ params["w"][:8]) ** 2)
+
+    for shards in (2, 4):
+        params = {"w": np.ones((4 * shards, 4), np.float32)}
+        compilations.clear()
+        train(dbjax.Emulated(), loss_fn=loss, params=params, shards=shards)
+        assert compilations["jit(apply_gradients)"] == 1
+        assert before is None or compilations <= before
+        before = compilations.copy()

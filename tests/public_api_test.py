@@ -39,6 +39,8 @@ PUBLIC = {
     # optimizers
     "adagrad",
     "delay_gradients",
+    "lbfgs",
+    "scale_by_lbfgs",
     "stale",
     "stale_params",
 }

@@ -149,3 +149,29 @@ def downpour(
 def join(versions: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
     """The newest parameters of all shards, as one flat vector."""
     return np.concatenate([shard[-1] for shard in versions])
+
+
+def inverse_hessian(
+    s: Sequence[np.ndarray], y: Sequence[np.ndarray], gamma: float, size: int
+) -> np.ndarray:
+    """BFGS as a dense matrix, from gamma I (Nocedal and Wright, equation 6.17)."""
+    h = gamma * np.eye(size)
+    for s_k, y_k in zip(s, y, strict=True):
+        rho = 1 / (s_k @ y_k)
+        v = np.eye(size) - rho * np.outer(y_k, s_k)
+        h = v.T @ h @ v + rho * np.outer(s_k, s_k)
+    return h
+
+
+def two_loop(
+    s: Sequence[np.ndarray], y: Sequence[np.ndarray], gamma: float, g: np.ndarray
+) -> np.ndarray:
+    """The same matrix times `g`, without the matrix (algorithm 7.4); oldest first."""
+    alphas = []
+    for s_k, y_k in zip(reversed(s), reversed(y), strict=True):
+        alphas.append(s_k @ g / (s_k @ y_k))
+        g = g - alphas[-1] * y_k
+    g = gamma * g
+    for s_k, y_k, alpha in zip(s, y, reversed(alphas), strict=True):
+        g = g + s_k * (alpha - y_k @ g / (s_k @ y_k))
+    return g

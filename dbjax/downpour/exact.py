@@ -5,6 +5,8 @@ So it reproduces a recorded run bit for bit. It can stop before any row, and its
 """
 
 import collections
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +48,16 @@ class _Gradient(NamedTuple):
     gradients: Any = None
     finite: Any = None
     error: Exception | None = None
+
+
+@contextlib.contextmanager
+def _named(row: _Row) -> Iterator[None]:
+    """Say whose gradient failed."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"It was raised for replica {row.replica} at step {row.step}.")
+        raise
 
 
 class Exact:
@@ -147,18 +159,14 @@ class Exact:
 
     def _gradient(self, row: _Row, params: Params) -> tuple[Any, Any]:
         """A gradient and whether it is finite, neither waited for."""
-        try:
+        with _named(row):
             minibatch = self.problem.batch(row.replica, row.batch)
             return self.problem.gradient(params, minibatch, row.replica, row.batch)
-        except Exception as error:
-            error.add_note(
-                f"It was raised for replica {row.replica} at step {row.step}."
-            )
-            raise
 
     def _compute(self, row: _Row) -> None:
         problem, into = self.problem, row.into
-        params = state = None
+        params: Params = None
+        state: Any = None
         if self._under_way and self._under_way[0].row == self.row:
             _, gradients, finite, error = self._under_way.popleft()
             if error is not None:
@@ -170,7 +178,8 @@ class Exact:
                 params = self._held(row)
                 state = self.local.get(row.replica, (None, None))[1]
             gradients, finite = self._gradient(row, params)
-        finite = bool(finite)
+        with _named(row):
+            finite = bool(finite)
         self.torn = True
         if problem.local_step is not None and problem.local_optimizer is not None:
             if state is None:

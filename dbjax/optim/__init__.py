@@ -7,6 +7,8 @@ from dbjax.optim.lbfgs import LBFGSState as LBFGSState
 from dbjax.optim.lbfgs import ScaleByLBFGSState as ScaleByLBFGSState
 from dbjax.optim.lbfgs import lbfgs as lbfgs
 from dbjax.optim.lbfgs import scale_by_lbfgs as scale_by_lbfgs
+from dbjax.optim.minimize import MinimizeResult as MinimizeResult
+from dbjax.optim.minimize import minimize as minimize
 from dbjax.optim.stale import DelayGradientsState as DelayGradientsState
 from dbjax.optim.stale import StaleState as StaleState
 from dbjax.optim.stale import delay_gradients as delay_gradients

@@ -179,7 +179,9 @@ def scale_by_lbfgs(
         )
         return direction, ScaleByLBFGSState(
             count=optax.safe_increment(state.count),
-            params=jax.tree.map(lambda p, old: p.astype(old.dtype), params, state.params),
+            params=jax.tree.map(
+                lambda p, old: p.astype(old.dtype), params, state.params
+            ),
             updates=jax.tree.map(
                 lambda g, old: g.astype(old.dtype), updates, state.updates
             ),
@@ -353,9 +355,7 @@ def _damped(
     return jnp.where(tau == 0, y, damped.astype(y.dtype))
 
 
-def _direction(
-    gamma: jax.Array, g: jax.Array, s: jax.Array, y: jax.Array
-) -> jax.Array:
+def _direction(gamma: jax.Array, g: jax.Array, s: jax.Array, y: jax.Array) -> jax.Array:
     wide = jnp.promote_types(g.dtype, jnp.float32)
     total = gamma.astype(jnp.finfo(wide).dtype) * g.astype(wide)
     return (total + s.astype(wide) + y.astype(wide)).astype(g.dtype)

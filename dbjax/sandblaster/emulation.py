@@ -21,7 +21,6 @@ from dbjax.sandblaster.messages import (
     Done,
     Drop,
     Finished,
-    Forget,
     Joined,
     Keep,
     Push,
@@ -168,7 +167,7 @@ class Emulation:
         self._note(
             COMPUTE, now, start, replica, batch=self._batches[replica],
             step=order.evaluation * self._desk.portions + order.portion,
-            count=order.copy,
+            count=order.copy, status=DROPPED,  # unless it is kept
         )  # fmt: skip
         self._batches[replica] += 1
         self._send(now, replica, Finished(replica, order.life, order.task))
@@ -249,8 +248,7 @@ class Emulation:
                 self._begin(now, replica, up)
         elif isinstance(order, Keep):
             self._unsent[replica] += 1
-        elif isinstance(order, Drop):
-            self._rows[self._row[replica]][_STATUS] = DROPPED
+            self._rows[self._row[replica]][_STATUS] = TAKEN
         elif isinstance(order, Push):
             shards = order.shards
             every = range(self._desk.shards) if shards is None else shards
@@ -261,8 +259,8 @@ class Emulation:
                     self._at(time, self._arrive, replica, up, order, shard, now)
                 else:
                     self._arrive(now, replica, up, order, shard, now)
-        else:
-            assert not isinstance(order, Forget), "nobody is suspected wrongly here"
+        else:  # nobody is suspected wrongly here
+            assert isinstance(order, Drop)
 
     # Links.
 
@@ -289,11 +287,11 @@ class Emulation:
     def _note(
         self, kind: int, time: float, start: float, replica: int, shard: int = -1,
         step: int = -1, batch: int = -1, version: int = -1, base: int = -1,
-        count: int = 0, nbytes: float = 0, id_: int = -1,
+        count: int = 0, status: int = TAKEN, nbytes: float = 0, id_: int = -1,
     ) -> None:  # fmt: skip
         self._rows.append(
             [kind, time, start, replica, shard, step, batch, version, base, count,
-             TAKEN, int(nbytes), id_]
+             status, int(nbytes), id_]
         )  # fmt: skip
 
 

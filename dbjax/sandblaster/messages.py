@@ -47,15 +47,15 @@ class Died(NamedTuple):
 
     Attributes:
       replica: who.
-      landed: `[S]` the ids of its pushes below this are added (`Fenced`).
+      landed: `[S]` the ids of this life's pushes below this are added (`Fenced`).
     """
 
     replica: int
     landed: tuple[int, ...]
 
 
-# The coordinator's orders. A replica carries out those of its present life, in the order
-# they were given.
+# The coordinator's orders. A replica carries out those of its present life, in the
+# order they were given.
 
 
 class Compute(NamedTuple):
@@ -64,7 +64,7 @@ class Compute(NamedTuple):
     Attributes:
       replica: who is to do it.
       life: in which life.
-      task: 0, 1, 2, ... in each life.
+      task: 0, 1, 2, ... over all its lives.
       evaluation: of the batch: all its portions see the same parameters.
       portion: which.
       upcoming: the portion likely to come next, to prefetch; -1: not known.
@@ -102,7 +102,7 @@ class Push(NamedTuple):
     Attributes:
       replica: who.
       life: in which life.
-      id: 0, 1, 2, ... in each life.
+      id: 0, 1, 2, ... over all its lives.
       portions: what the sum holds.
       shards: which shards it is for; None: all.
     """
@@ -222,6 +222,6 @@ class Fence(NamedTuple):
 
 
 class Fenced(NamedTuple):
-    """The answer to `Fence`: the ids below this are added, and no others will be."""
+    """The answer to `Fence`: of that life the ids below this are added, and no more."""
 
     landed: int

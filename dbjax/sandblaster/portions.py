@@ -102,7 +102,7 @@ class Portions:
     >>> portions.handle(Finished(0, 1, task=0))
     [Keep(replica=0, life=1, portion=0), Compute(replica=0, life=1, task=1, ...
     >>> portions.handle(Finished(0, 1, task=1))
-    [Keep(replica=0, life=1, portion=1), Push(replica=0, life=1, id=0, portions=(0, 1), ...
+    [Keep(replica=0, life=1, portion=1), Push(replica=0, life=1, id=0, ...
     >>> portions.handle(Pushed(0, 1, 0))
     [Done(evaluation=0)]
     """
@@ -114,7 +114,7 @@ class Portions:
         shards: int = 1,
         *,
         push_every: int = 4,
-        copies: int = 3,
+        copies: int = 4,
         steal: bool = True,
     ) -> None:
         for name, value in (
@@ -135,7 +135,7 @@ class Portions:
         self._is = [_AWAY] * replicas
         self._life = [0] * replicas
         self._work = [(-1, -1)] * replicas  # evaluation and portion it computes
-        self._tasks = [0] * replicas  # how many it was given in this life
+        self._tasks = [0] * replicas  # how many it was given
         self._held: list[list[int]] = [[] for _ in range(replicas)]
         self._next_id = [0] * replicas
         self._pushing: list[dict[int, Any]] = [{} for _ in range(replicas)]
@@ -231,7 +231,6 @@ class Portions:
             )
         self._is[replica] = _IDLE
         self._life[replica] += 1
-        self._next_id[replica] = self._tasks[replica] = 0
         if not self.done:
             self._assign(replica, orders)
 
@@ -260,8 +259,9 @@ class Portions:
         self._work[replica] = (-1, -1)
         back = list(self._held[replica])
         self._held[replica].clear()
-        if evaluation == self.evaluation and portion in self._outstanding:
-            copies = self._outstanding[portion]
+        copies = self._outstanding.get(portion, [])
+        # Not among them: it was beaten to the portion by one who has died since.
+        if evaluation == self.evaluation and replica in copies:
             del self._by_copies[len(copies)][portion]
             copies.remove(replica)
             if copies:

@@ -42,7 +42,7 @@ def schedule(
     evaluations: int = 1,
     strategy: str = "backups",
     push_every: int = 4,
-    copies: int = 3,
+    copies: int = 4,
     seed: int = 0,
     parameter_bytes: int = 0,
 ) -> Schedule:
@@ -68,8 +68,8 @@ def schedule(
 
     Returns:
       The times and the Trace, the same for the same arguments. In the Trace a COMPUTE
-      row's `step` is `evaluation * portions + portion`, its status is DROPPED where
-      another copy was first, and its `count` is above 0 where it was a backup; the
+      row's `step` is `evaluation * portions + portion`; its status is DROPPED unless
+      the gradient was kept, and its `count` is above 0 where it was a backup. The
       evaluations' times stand in `trace.evaluations`.
 
     Raises:

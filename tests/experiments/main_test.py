@@ -35,6 +35,21 @@ def test_an_override_reaches_the_config(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["--config=configs/digit_downpour.py"],
+        ["--config=configs/digit_downpour.py", "--config.steps=3"],
+        ["--config", "configs/digit_downpour.py", "--config.steps=3"],
+    ],
+)
+def test_a_file_that_is_not_there_names_the_nearest(monkeypatch, words):
+    argv = ["main.py", *words, "--workdir=nowhere"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit, match="did you mean 'configs/digits_downpour.py'"):
+        main.main(main.parse(argv))
+
+
+@pytest.mark.parametrize(
     ("word", "nearest"),
     [
         ("--config.downpour.replicaz=50", "'downpour.replicas'"),

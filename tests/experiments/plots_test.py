@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+import dbjax
 from dbjax.trace import Trace
 from experiments import plots
 
@@ -42,6 +43,58 @@ def test_axes_are_labelled_with_units_and_methods_told_apart(two):
     assert "minibatches" in right.get_xlabel()
     labels = left.get_legend_handles_labels()[1]
     assert labels == ["sgd, 1 replica", "downpour, 4 replicas"]
+
+
+def test_the_title_names_who_is_sooner(two):
+    two["sgd"], two["downpour"] = trace([0] * 60, 0.25), trace([3] * 60, 1.0)
+    left = plots.curves(two, "toy").axes[0]
+    assert left.get_title(loc="left") == "toy: sgd is at 96 % 4x sooner"
+
+
+def test_no_legend_covers_a_curve_and_nothing_is_clipped(two):
+    pictures = [
+        plots.curves(two, "toy"),
+        plots.staleness(two["downpour"], "downpour"),
+        plots.timeline(two["downpour"], "downpour"),
+    ]
+    for picture in pictures:
+        picture.canvas.draw()
+        page = picture.bbox
+        for panel in picture.axes:
+            for text in (panel.title, panel._left_title, panel.xaxis.label):
+                extent = text.get_window_extent()
+                assert page.x0 <= extent.x0 and extent.x1 <= page.x1
+            for legend in picture.legends:
+                frame = panel.get_window_extent()
+                assert not frame.overlaps(legend.get_window_extent())
+
+
+@pytest.mark.parametrize("low", [1e-5, 0.3, 0.9, 7.0, 40.0])
+@pytest.mark.parametrize("factor", [1.001, 1.05, 1.3, 3.0, 30.0, 1e4, 1e30])
+def test_a_logarithmic_axis_has_a_few_plain_numbers(low, factor):
+    panel = plots.plt.figure().add_subplot(yscale="log", ylim=(low, low * factor))
+    plots._tick_logarithmic(panel.yaxis)
+    marks = panel.yaxis.get_majorticklocs()
+    assert 3 <= len(marks) <= 9
+    assert (marks >= low).all() and (marks <= low * factor).all()
+    plots.plt.close()
+
+
+def test_a_timeline_begins_when_all_are_at_work():
+    made = dbjax.simulate(
+        dbjax.Cluster(step_time=1.0), replicas=3, steps=40, warmstart_steps=10
+    )
+    begin, length, unit = plots._window(made, turns=4.0)
+    assert begin >= 10.0 and length == 4.0 and unit == 1.0
+    quick = dbjax.Cluster(step_time=0.001)
+    assert plots._window(dbjax.simulate(quick, replicas=3, steps=40), 4.0)[2] == 1000
+
+
+def test_failures_are_marked():
+    failures = dbjax.Failures(dbjax.Exponential(5.0), dbjax.Exponential(1.0))
+    cluster = dbjax.Cluster(failures=failures)
+    picture = plots.timeline(dbjax.simulate(cluster, replicas=3, steps=60), "downpour")
+    assert len(picture.legends) == 1
 
 
 def test_time_to_an_accuracy(two):

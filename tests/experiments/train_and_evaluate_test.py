@@ -2,6 +2,7 @@ import importlib
 import io
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -84,6 +85,7 @@ def test_a_second_call_reruns_nothing(finished, monkeypatch):
         monkeypatch.setitem(METHODS, name, METHODS[name]._replace(run=rerun))
     again, said = run(toy(), workdir)
     assert rows(workdir) == before
+    assert all(f"{name}: finished by an earlier call" in said for name in METHODS)
     assert said.splitlines()[-5:] == text.splitlines()[-5:]
     for name, outcome in again.items():
         assert outcome.trace.diff(outcomes[name].trace) is None
@@ -104,7 +106,9 @@ def test_a_run_that_broke_resumes_to_the_same_bits(finished, tmp_path, monkeypat
         run(toy(), tmp_path)
     assert rows(tmp_path)[-1]["step"] == 20
     assert (tmp_path / "accuracy.png").exists()  # of sgd, which had finished
-    outcomes, _ = run(toy(), tmp_path)
+    outcomes, said = run(toy(), tmp_path)
+    assert "downpour: goes on from its checkpoint of step" in said
+    assert "wall: downpour since step" in said
     assert rows(tmp_path) == rows(finished[0])
     for name, outcome in outcomes.items():
         assert outcome.trace.diff(finished[1][name].trace) is None
@@ -128,6 +132,51 @@ def test_bad_numbers_are_refused_before_anything_runs(tmp_path, key, value):
     with pytest.raises(ValueError, match=key):
         run(config, tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("key", ["steps", "eval_every", "checkpoint_every"])
+def test_counts_are_checked_before_anything_runs(tmp_path, key):
+    config = toy()
+    config[key] = 0
+    with pytest.raises(registry.ConfigError, match=f"{key} is 0"):
+        run(config, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_the_library_refuses_names_the_part(tmp_path):
+    config = toy()
+    config.cluster.step_time = -1.0
+    with pytest.raises(registry.ConfigError, match="^cluster: .*got -1"):
+        run(config, tmp_path)
+
+
+@pytest.fixture
+def spoilt(finished, tmp_path):
+    """A finished workdir whose sgd has lost its result, and its checkpoints are bad."""
+    shutil.copytree(finished[0], tmp_path / "spoilt")
+    (tmp_path / "spoilt/sgd/result.json").unlink()
+    for folder in (tmp_path / "spoilt/sgd/checkpoints").iterdir():
+        (folder / "manifest.json").write_text("torn")
+    return tmp_path / "spoilt"
+
+
+def test_damaged_checkpoints_are_an_error_that_says_what_to_do(spoilt):
+    with pytest.warns(UserWarning, match="damaged"):
+        with pytest.raises(registry.ConfigError, match="^sgd: .*remove them"):
+            run(toy(), spoilt)
+    shutil.rmtree(spoilt / "sgd/checkpoints")
+    assert run(toy(), spoilt)[0]["sgd"].result["info"]["steps"] == 40
+
+
+def test_a_damaged_trace_is_an_error_that_says_what_to_do(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "spoilt")
+    path = tmp_path / "spoilt/downpour/trace.npz"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(registry.ConfigError, match="cannot be read .* remove"):
+        run(toy(), tmp_path / "spoilt")
+    (tmp_path / "spoilt/downpour/result.json").unlink()
+    outcomes, _ = run(toy(), tmp_path / "spoilt")
+    assert outcomes["downpour"].trace.diff(finished[1]["downpour"].trace) is None
 
 
 def test_a_workdir_where_nothing_was_trained_takes_another_config(tmp_path):

@@ -188,7 +188,7 @@ def test_nothing_may_be_below_one(name):
 # In the world.
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", range(100))
 def test_every_portion_counts_exactly_once_whatever_happens(seed):
     """Backups, slow and dead replicas, wrong suspicions, repeated messages, restarts."""
     rng = np.random.default_rng(seed)
@@ -223,7 +223,7 @@ def test_the_world_is_as_bad_as_it_says():
         total += np.array(world.desk.info)
         deaths += world.deaths
     pushes, steals, backups, dropped, returned, repaired = total
-    assert min(steals, backups, dropped, returned, repaired) >= 20
+    assert min(steals, backups, dropped, returned, repaired) >= 10
     assert deaths > 50
 
 

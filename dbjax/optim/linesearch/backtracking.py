@@ -1,5 +1,6 @@
 """Backtracking to sufficient decrease (Armijo), as a state machine."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ class BacktrackingState(NamedTuple):
         evaluations: int32, evaluations so far.
         start: the point at step 0.
         any_finite: whether a step tried was finite.
+        contradicts: whether values and slopes seem to contradict each other.
         verdict: int32, the status to end with after step 0 is evaluated again;
             `SEARCHING` before that.
     """
@@ -29,9 +31,11 @@ class BacktrackingState(NamedTuple):
     evaluations: jax.Array
     start: Point
     any_finite: jax.Array
+    contradicts: jax.Array
     verdict: jax.Array
 
 
+@functools.cache  # what is compiled for one search serves all that are equal
 def backtracking(
     *,
     decrease: float = 1e-4,
@@ -86,6 +90,7 @@ def backtracking(
             evaluations=jnp.zeros([], jnp.int32),
             start=Point(jnp.zeros_like(value), value, slope),
             any_finite=jnp.zeros([], bool),
+            contradicts=jnp.zeros([], bool),
             verdict=jnp.zeros([], jnp.int32),
         )
 
@@ -97,8 +102,8 @@ def backtracking(
         now = Point(t, jnp.asarray(value, dtype), jnp.asarray(slope, dtype))
         finite = jnp.isfinite(now.value) & jnp.isfinite(now.slope)
         level = words.noise(start, value_rtol)
-        contradicts = words.contradicts(start, now, level)
-        now = words.see_through_noise(start, now, level)
+        contradicts = words.contradicts(start, now, level, state.contradicts)
+        now = words.see_through_noise(start, now, level, ~contradicts)
         found = finite & (now.value <= start.value + decrease * t * start.slope)
         evaluations = state.evaluations + 1
         any_finite = state.any_finite | finite
@@ -120,6 +125,7 @@ def backtracking(
             evaluations=evaluations,
             start=start,
             any_finite=any_finite,
+            contradicts=finite & contradicts,
             verdict=verdict,
         )
 

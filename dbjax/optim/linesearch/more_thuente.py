@@ -1,5 +1,6 @@
 """The strong Wolfe search of Moré and Thuente, as a state machine."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ class MoreThuenteState(NamedTuple):
         first_stage: until a step with enough decrease and a rising slope was seen.
         widths: the interval's width, after the last two steps.
         ceiling: steps from here on are not finite, or not allowed.
-        contradicts: whether the last values and slopes contradict each other.
+        contradicts: whether values and slopes seem to contradict each other.
         verdict: int32, the status to end with after the best step is evaluated again;
             `SEARCHING` before that.
     """
@@ -44,6 +45,7 @@ class MoreThuenteState(NamedTuple):
     verdict: jax.Array
 
 
+@functools.cache  # what is compiled for one search serves all that are equal
 def more_thuente(
     *,
     decrease: float = 1e-4,
@@ -124,9 +126,7 @@ def more_thuente(
             verdict=jnp.zeros([], jnp.int32),
         )
 
-    def step(
-        state: MoreThuenteState, value: Scalar, slope: Scalar
-    ) -> MoreThuenteState:
+    def step(state: MoreThuenteState, value: Scalar, slope: Scalar) -> MoreThuenteState:
         dtype = state.trial.dtype
         now = Point(state.trial, jnp.asarray(value, dtype), jnp.asarray(slope, dtype))
         finite = jnp.isfinite(now.value) & jnp.isfinite(now.slope)
@@ -145,8 +145,8 @@ def more_thuente(
     def narrow(state: MoreThuenteState, now: Point) -> MoreThuenteState:
         """Take in a finite point, and stop or choose the next step."""
         level = words.noise(state.start, value_rtol)
-        contradicts = words.contradicts(state.start, now, level)
-        now = words.see_through_noise(state.start, now, level)
+        contradicts = words.contradicts(state.start, now, level, state.contradicts)
+        now = words.see_through_noise(state.start, now, level, ~contradicts)
         required = decrease * state.start.slope
         enough = now.value <= state.start.value + now.step * required
         flat = jnp.abs(now.slope) <= curvature * -state.start.slope
@@ -280,9 +280,7 @@ def _interpolate(
     nearer = jnp.abs(reach - now.step) < jnp.abs(secant - now.step)
     inside = jnp.where(nearer, reach, secant)
     guard = now.step + 0.66 * (other.step - now.step)
-    inside = jnp.where(
-        away > 0, jnp.minimum(guard, inside), jnp.maximum(guard, inside)
-    )
+    inside = jnp.where(away > 0, jnp.minimum(guard, inside), jnp.maximum(guard, inside))
     outside = jnp.clip(jnp.where(nearer, secant, reach), low, high)
     flatter = jnp.where(bracketed, inside, outside)
 

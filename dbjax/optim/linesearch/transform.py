@@ -110,10 +110,6 @@ def scale_by_line_search(
             )
             value_now, grad_now = evaluate(moved, **extra_args)
             value_now, aux_now = value_now if aux is not None else (value_now, None)
-            if jnp.shape(value_now):
-                raise ValueError(
-                    f"value_fn gave an array {jnp.shape(value_now)}: allowed is a scalar"
-                )
             value_now = jnp.asarray(value_now, value.dtype)
             return value_now, aux_now, grad_now, trees.vdot(updates, grad_now)
 

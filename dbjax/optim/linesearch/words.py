@@ -92,24 +92,32 @@ def noise(start: Point, value_rtol: float | None) -> jax.Array:
     return value_rtol * jnp.abs(start.value)
 
 
-def see_through_noise(start: Point, now: Point, level: jax.Array) -> Point:
+def see_through_noise(
+    start: Point, now: Point, level: jax.Array, trusted: jax.Array
+) -> Point:
     """Replace a value whose change is lost in rounding by one made from the slopes.
 
     The trapezoid `value0 + step (slope0 + slope) / 2` is consistent with the slopes, to
     which rounding does much less harm. Sufficient decrease then reads `slope <= (2
     c1 - 1) slope0`: the approximate Wolfe condition of Hager and Zhang (2005), 4.1.
+    Not where the slopes are not to be trusted.
     """
     change = jnp.abs(now.value - start.value)
     lost = (change <= level) & (now.step * jnp.abs(start.slope) <= 100 * level)
     trapezoid = start.value + now.step * (start.slope + now.slope) / 2
-    return now._replace(value=jnp.where(lost, trapezoid, now.value))
+    return now._replace(value=jnp.where(lost & trusted, trapezoid, now.value))
 
 
-def contradicts(start: Point, now: Point, level: jax.Array) -> jax.Array:
-    """Say whether values rise where slopes, hardly changed, say that they fall."""
-    rises = now.value - start.value > level
+def contradicts(
+    start: Point, now: Point, level: jax.Array, before: jax.Array
+) -> jax.Array:
+    """Say whether values rise where slopes, hardly changed, say that they fall.
+
+    Steps too small to tell rounding from a rise leave the verdict as it was before.
+    """
+    change = now.value - start.value
     falls = (now.slope < 0) & (jnp.abs(now.slope - start.slope) <= -start.slope / 2)
-    return rises & falls
+    return jnp.where(jnp.abs(change) > 100 * level, (change > 0) & falls, before)
 
 
 def check_fractions(**limits: float) -> None:

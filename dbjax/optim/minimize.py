@@ -1,0 +1,224 @@
+"""A loop around an optax transformation: a stopping rule, and a status that is honest."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dbjax import trees
+from dbjax.optim.lbfgs import ScaleByLBFGSState, lbfgs
+from dbjax.optim.linesearch import ScaleByLineSearchState, words
+from dbjax.typing import Gradients, Params
+
+RUNNING = 0
+CONVERGED = 1
+"""No gradient entry exceeds the tolerance."""
+SMALL_STEP = 2
+"""The value has stopped falling: what is left is lost in rounding."""
+SEARCH_FAILED = 3
+"""No smaller value along the direction, nor along the gradient."""
+NOT_FINITE = 4
+"""The value or the gradient at the start, or after a step, is not finite."""
+LIMIT = 5
+"""The iterations are used up."""
+INCONSISTENT = 6
+"""As `SEARCH_FAILED`, and the gradient says otherwise: it is not that of the value."""
+
+MESSAGES = {
+    CONVERGED: "converged: no gradient entry exceeds gradient_tolerance",
+    SMALL_STEP: "the value has stopped falling",
+    SEARCH_FAILED: "line search failed: no smaller value along the gradient",
+    NOT_FINITE: "value or gradient not finite",
+    LIMIT: "max_iterations reached",
+    INCONSISTENT: "line search failed: the gradient is not that of the value",
+}
+
+PATIENCE = 5  # iterations without a new best value before the loop gives up
+
+
+class MinimizeResult(NamedTuple):
+    """Where `minimize` ended.
+
+    Attributes:
+        params: the best found, the last if converged; never worse than the start.
+        value: the value there.
+        gradient_norm: the largest gradient entry there, in absolute value.
+        status: int32, a constant of this module; `MESSAGES` has the words.
+        iterations: int32, steps taken.
+        evaluations: int32, of value and gradient together, the first included.
+        state: the optimizer's last state, to go on from.
+    """
+
+    params: Params
+    value: jax.Array
+    gradient_norm: jax.Array
+    status: jax.Array
+    iterations: jax.Array
+    evaluations: jax.Array
+    state: Any
+
+
+class _Loop(NamedTuple):
+    params: Params
+    value: jax.Array
+    grad: Gradients
+    best: tuple[Params, jax.Array, jax.Array]
+    state: Any
+    status: jax.Array
+    iterations: jax.Array
+    evaluations: jax.Array
+    stalled: jax.Array
+
+
+def minimize(
+    value_fn: Callable[..., Any],
+    params: Params,
+    *args: Any,
+    optimizer: optax.GradientTransformation | None = None,
+    state: Any = None,
+    max_iterations: int = 1000,
+    gradient_tolerance: float = 1e-5,
+    value_tolerance: float = 0.0,
+) -> MinimizeResult:
+    """Minimise a function until its gradient is small, or nothing more can be gained.
+
+    The loop is one `while_loop`: call it inside `jax.jit` to compile it once for many
+    starts, and under `vmap` for a batch of problems, where each ends on its own.
+
+    Args:
+        value_fn: `value_fn(params, *args) -> scalar`.
+        params: where to start.
+        *args: handed on to `value_fn`.
+        optimizer: any optax transformation; `dbjax.lbfgs()` if not given.
+        state: of the optimizer, as an earlier result has it, to go on from; its
+          history is kept.
+        max_iterations: steps at most.
+        gradient_tolerance: stop when no gradient entry exceeds this.
+        value_tolerance: a value counts as fallen only if it falls by more than this
+          share of its absolute value; after 5 that did not fall the loop stops.
+
+    Returns:
+        The best parameters found, and why the loop stopped.
+
+    Raises:
+        ValueError: an argument is outside its range.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dbjax.optim import minimize
+        >>> result = minimize(lambda w: jnp.sum((w - 1.0) ** 4), jnp.zeros(3))
+        >>> int(result.status), result.params.round(1).tolist()
+        (1, [1.0, 1.0, 1.0])
+    """
+    for name, number in (
+        ("max_iterations", max_iterations),
+        ("gradient_tolerance", gradient_tolerance),
+        ("value_tolerance", value_tolerance),
+    ):
+        if not isinstance(number, jax.core.Tracer) and not number >= 0:
+            raise ValueError(f"{name}={number}: allowed are numbers from 0")
+    optimizer = optax.with_extra_args_support(optimizer or lbfgs())
+
+    def value_of(params: Params) -> jax.Array:
+        return value_fn(params, *args)
+
+    evaluate = jax.value_and_grad(value_of)
+
+    def body(loop: _Loop) -> _Loop:
+        updates, state = optimizer.update(
+            loop.grad,
+            loop.state,
+            loop.params,
+            value=loop.value,
+            grad=loop.grad,
+            value_fn=value_of,
+        )
+        params = optax.apply_updates(loop.params, updates)
+        search = _found(state, ScaleByLineSearchState)
+        if search is None:
+            (value, grad), spent = evaluate(params), 1
+            failed, verdict = jnp.zeros([], bool), RUNNING
+        else:
+            value, grad, spent = search.value, search.grad, search.evaluations
+            value = value.astype(loop.value.dtype)
+            failed, verdict = _failed(loop.state, search)
+        size = _largest(grad)
+        finite = jnp.isfinite(value) & jnp.isfinite(size)
+        floor = value_tolerance * jnp.abs(loop.best[1])
+        falls = finite & (value < loop.best[1] - floor)
+        closed = finite & (size <= gradient_tolerance)
+        better = (finite & (value < loop.best[1])) | closed
+        stalled = jnp.where(falls, 0, loop.stalled + 1)
+        iterations = loop.iterations + 1
+        return _Loop(
+            params=params,
+            value=value,
+            grad=grad,
+            best=trees.where(better, (params, value, size), loop.best),
+            state=state,
+            status=_first(
+                (closed, CONVERGED),
+                (~finite, NOT_FINITE),
+                (failed, verdict),
+                (stalled >= PATIENCE, SMALL_STEP),
+                (iterations >= max_iterations, LIMIT),
+            ),
+            iterations=iterations,
+            evaluations=loop.evaluations + spent,
+            stalled=stalled,
+        )
+
+    params = jax.tree.map(jnp.asarray, params)
+    value, grad = evaluate(params)
+    size = _largest(grad)
+    start = _Loop(
+        params=params,
+        value=value,
+        grad=grad,
+        best=(params, value, size),
+        state=optimizer.init(params) if state is None else state,
+        status=_first(
+            (~(jnp.isfinite(value) & jnp.isfinite(size)), NOT_FINITE),
+            (size <= gradient_tolerance, CONVERGED),
+            (jnp.asarray(max_iterations) <= 0, LIMIT),
+        ),
+        iterations=jnp.zeros([], jnp.int32),
+        evaluations=jnp.ones([], jnp.int32),
+        stalled=jnp.zeros([], jnp.int32),
+    )
+    end = jax.lax.while_loop(lambda loop: loop.status == RUNNING, body, start)
+    return MinimizeResult(
+        *end.best, end.status, end.iterations, end.evaluations, end.state
+    )
+
+
+def _found(state: Any, kind: type) -> Any:
+    """The one part of a state that is of this kind, else None."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
+    found = [node for node in nodes if isinstance(node, kind)]
+    return found[0] if len(found) == 1 else None
+
+
+def _failed(before: Any, search: ScaleByLineSearchState) -> tuple[jax.Array, jax.Array]:
+    """Whether a search found nothing although the direction was the gradient."""
+    direction = _found(before, ScaleByLBFGSState)
+    failed = search.learning_rate == 0
+    if direction is not None:  # with a history there is another try, without it
+        failed &= direction.products.pairs == 0
+    inconsistent = search.status == words.INCONSISTENT
+    return failed, jnp.where(inconsistent, INCONSISTENT, SEARCH_FAILED)
+
+
+def _first(*cases: tuple[jax.Array, Any]) -> jax.Array:
+    """The status of the first condition that holds."""
+    status = jnp.asarray(RUNNING, jnp.int32)
+    for condition, constant in reversed(cases):
+        status = jnp.where(condition, jnp.asarray(constant, jnp.int32), status)
+    return status
+
+
+def _largest(grad: Gradients) -> jax.Array:
+    leaves = [jnp.max(jnp.abs(g), initial=0.0) for g in jax.tree.leaves(grad)]
+    return jnp.max(jnp.stack([x.astype(trees.scalar_dtype()) for x in leaves]))
