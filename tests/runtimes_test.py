@@ -137,7 +137,8 @@ def test_a_warmstart_is_alone(runtime, warmstart_steps):
     assert set(trace.replica[early]) == {0}
     others = np.flatnonzero((trace.kind == FETCH) & (trace.replica != 0))
     assert np.flatnonzero(early)[-1] < min(others, default=len(trace))
-    if warmstart_steps < 24:
+    if warmstart_steps < 24 and isinstance(runtime, dbjax.Emulated):
+        # On threads a replica that is slow to wake may find no ticket left.
         assert set(trace.replica[computed]) == {0, 1, 2}
     # The versions the others begin with hold the warm start's finished pushes.
     begins = trace.version[others[:2]]

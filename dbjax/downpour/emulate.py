@@ -51,12 +51,18 @@ def run_emulated(problem: Problem, arguments: Arguments, runtime: Emulated) -> R
         machine.restore(saved.leaves, saved.note["machine"])
         evaluations, resumed_at = saved.note["evaluations"], saved.step
 
-    def save(step: int, evaluations: list[dict[str, Any]]) -> None:
-        if a.checkpoint_dir is None or step == resumed_at:
+    saved_at = resumed_at
+
+    def save(evaluations: list[dict[str, Any]]) -> None:
+        nonlocal saved_at
+        # What is on its way to a shard is computed again after a resume.
+        step = int(np.count_nonzero(plan.compute[: machine.row]))
+        if a.checkpoint_dir is None or step <= saved_at:
             return
         leaves, note = machine.leaves()
         note = mine | {"machine": note, "evaluations": evaluations}
         checkpoint.save(a.checkpoint_dir, step, leaves, note)
+        saved_at = step
 
     def interrupt() -> None:
         machine.interrupted = True
@@ -75,9 +81,8 @@ def run_emulated(problem: Problem, arguments: Arguments, runtime: Emulated) -> R
             )
     except BaseException:
         # Nothing that was trained is lost: Ctrl-C, or an error of the user's own code.
-        step = int(np.count_nonzero(plan.compute[: machine.row]))
-        if step > resumed_at and not machine.torn:
-            save(step, evaluations)
+        if not machine.torn:
+            save(evaluations)
         raise
     run = finish(trace, machine, plan, "exact", evaluations, resumed_at)
     digests = np.zeros(len(trace), np.uint64)

@@ -41,7 +41,7 @@ class Live:
         self.recorder = Recorder()
         self.evaluations: list[dict[str, Any]] = []
         self.batches, self.ids = [0] * a.replicas, [0] * a.replicas
-        self.resumed_at = 0
+        self.resumed_at = self.saved_at = 0
         self.local: dict[int, Any] = {}
         self.hands: dict[int, ReplicaHands] = {}
         parts = problem.split(copy(problem.params))
@@ -93,7 +93,7 @@ class Live:
                         failed = failed or what
                     elif name == "eval":
                         self._evaluate(what)
-                    elif name == "checkpoint":
+                    elif name == "checkpoint" and what > self.saved_at:
                         with crew.quiet():
                             self._save()
             if failed is None and a.eval_fn is not None:
@@ -173,7 +173,7 @@ class Live:
         """Save if there is something new; nothing must be in flight."""
         a = self.a
         computed = len(self._computed())
-        if a.checkpoint_dir is None or computed <= self.resumed_at:
+        if a.checkpoint_dir is None or computed <= self.saved_at:
             return
         leaves: dict[str, np.ndarray] = {}
         for s, shard in enumerate(self.crew.shards):
@@ -197,6 +197,7 @@ class Live:
             "local": local,
         }
         checkpoint.save(a.checkpoint_dir, computed, leaves, note)
+        self.saved_at = computed
 
     def _restore(self, saved: checkpoint.Saved) -> None:
         """Go back to where `_save` was called."""
@@ -223,4 +224,4 @@ class Live:
         self.recorder.digests = [tuple(one) for one in note["digests"]]
         columns = [saved.leaves[f"trace/{name}"].tolist() for name in COLUMNS]
         self.recorder.rows = list(zip(*columns, strict=True))
-        self.resumed_at = len(self._computed())
+        self.resumed_at = self.saved_at = len(self._computed())

@@ -36,6 +36,8 @@ class Plan:
         computed on, and how many versions ago that is.
       version, row: `[N, S]` the version made, and the Trace's row of the push (-1:
         none).
+      due: `[N]` the Trace's row by which the row is to be executed: that of its first
+        push, or of the minibatch if it only accrues.
       slots, gradient_slots: how many of each are ever needed.
       start: `[S]` the slots of version 0.
       direct: whether every row computes a gradient and pushes just that to all shards.
@@ -58,6 +60,7 @@ class Plan:
     staleness: np.ndarray
     version: np.ndarray
     row: np.ndarray
+    due: np.ndarray
     slots: int
     gradient_slots: int
     start: np.ndarray
@@ -206,6 +209,7 @@ def _aligned(trace: Trace, g: _Gradients, shards: int) -> dict[str, Any]:
         "into": np.zeros(n, np.int32),
         "source": np.zeros((n, shards), np.int32),
         "row": row,
+        "due": row.min(axis=1),
         "versions": g.versions[gradient],
         "landed": g.landed[gradient],
         "all": g,
@@ -261,12 +265,15 @@ def _general(trace: Trace, g: _Gradients, shards: int) -> dict[str, Any]:
         [k >= 0 and born[int(name[k])] == i for i, k in enumerate(gradient)], bool
     )
     versions = np.where(real[:, None], g.versions[chosen], -1)
+    pushes = np.where(row >= 0, row, np.iinfo(np.int64).max).min(axis=1)
+    due = np.where((row >= 0).any(axis=1), pushes, g.rows[chosen])
     return {
         "gradient": chosen,
         "first": first,
         "into": into,
         "source": source,
         "row": row,
+        "due": due,
         "versions": versions,
         "landed": g.landed[chosen] & real,
         "all": g,
@@ -318,6 +325,7 @@ def _with_slots(trace: Trace, c: dict[str, Any], shards: int, direct: bool) -> P
         staleness=np.where(happens, version - 1 - base, 0),
         version=version,
         row=row,
+        due=c["due"],
         slots=slots,
         gradient_slots=int(c["into"].max(initial=0)) + 1,
         start=start,

@@ -131,13 +131,13 @@ def walk(
     trace: Trace,
     eval_fn: EvalFn | None,
     eval_every: int | None,
-    pause: Callable[[int, list[dict[str, Any]]], None] | None = None,
+    pause: Callable[[list[dict[str, Any]]], None] | None = None,
     pause_every: int | None = None,
     evaluations: list[dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Run a machine to the end, stopping to evaluate and to save.
 
-    `pause(step, evaluations)` is called every `pause_every` minibatches.
+    `pause(evaluations)` is called every `pause_every` minibatches.
     """
     evaluations = [] if evaluations is None else evaluations
     computes = np.flatnonzero(trace.kind == COMPUTE)
@@ -160,7 +160,7 @@ def walk(
                 | {name: float(value) for name, value in scalars.items()}
             )
         if step in pauses and pause is not None:
-            pause(step, evaluations)
+            pause(evaluations)
     machine.run(len(plan))
     if not isinstance(machine, Exact):
         _check_rejected(trace, plan, machine.not_finite)
@@ -186,10 +186,8 @@ def _every(every: int | None, total: int) -> set[int]:
 
 
 def _lead(plan: Plan) -> np.ndarray:
-    """For each plan row, the first Trace row that it or a later one handles."""
-    far = np.iinfo(np.int64).max
-    lead = np.where(plan.row >= 0, plan.row, far).min(axis=1, initial=far)
-    return np.minimum.accumulate(lead[::-1])[::-1]
+    """For each plan row, the first Trace row by which it or a later one is due."""
+    return np.minimum.accumulate(plan.due[::-1])[::-1]
 
 
 def finish(

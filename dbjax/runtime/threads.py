@@ -232,8 +232,8 @@ class Crew:
             # Under the lock, so that the driver hears of minibatches in order.
             for name, every in self.marks.items():
                 if every and finished % every == 0:
-                    held = self.snapshot(finished) if name == "eval" else None
-                    self.events.put((name, held))
+                    what = self.snapshot(finished) if name == "eval" else finished
+                    self.events.put((name, what))
 
     def push(self, replica: int, step: int, messages: list[Push], count: int) -> None:
         """Hand a push to every shard."""

@@ -134,7 +134,8 @@ class Emulation:
         self._computing[replica] = None
         self._open[replica].clear()
         # Pushes that have not reached a shard by now are fenced off there.
-        died = Died(replica, tuple(self._landed[replica]))
+        landed = tuple(self._landed[replica])
+        died = Died(replica, self._desk.life(replica), landed)
         self._carry_out(self._desk.handle(died), now)
         self._at(now + downtime, self._enter, replica, RESTART)
 

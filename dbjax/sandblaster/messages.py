@@ -47,10 +47,12 @@ class Died(NamedTuple):
 
     Attributes:
       replica: who.
+      life: which life is over.
       landed: `[S]` the ids of this life's pushes below this are added (`Fenced`).
     """
 
     replica: int
+    life: int
     landed: tuple[int, ...]
 
 

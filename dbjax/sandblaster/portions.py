@@ -190,13 +190,13 @@ class Portions:
         orders: list[Order] = []
         if isinstance(message, Joined):
             self._joined(message.replica, orders)
-        elif isinstance(message, Died):
-            if self._is[message.replica] != _AWAY:
-                self._died(message.replica, message.landed, orders)
         elif self._is[message.replica] == _AWAY or (
             message.life != self._life[message.replica]
         ):
-            orders.append(Forget(message.replica, message.life))
+            if not isinstance(message, Died):
+                orders.append(Forget(message.replica, message.life))
+        elif isinstance(message, Died):
+            self._died(message.replica, message.landed, orders)
         elif isinstance(message, Finished):
             self._finished(message, orders)
         else:

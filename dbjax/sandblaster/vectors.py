@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dbjax.sandblaster import vector_shard
-from dbjax.sandblaster.messages import Combine, Copy, Dots, Elementwise, Get, Put
+from dbjax.sandblaster.messages import Add, Combine, Copy, Dots, Elementwise, Get, Put
 from dbjax.sandblaster.vector_shard import Command, Kernels, Reply, VectorsState
 from dbjax.server.layout import Layout
 from dbjax.typing import Params
@@ -90,6 +90,21 @@ class Vectors:
           scalars: its numbers.
         """
         self.tell(Elementwise(into, operation, names, tuple(map(float, scalars))))
+
+    def add(
+        self, into: str, gradients: Params, replica: int, life: int, id_: int
+    ) -> None:
+        """Add a replica's accrued sum to a vector, on each shard at most once.
+
+        Args:
+          into: the vector.
+          gradients: the whole sum.
+          replica: who pushes; with `life` and `id_` as in its `Push`.
+          life: in which life.
+          id_: which of its pushes.
+        """
+        parts = self._split(gradients)
+        self._ask([Add(into, part, replica, life, id_) for part in parts])
 
     def put(self, into: str, tree: Params) -> None:
         """Set a vector from a whole tree: for the start, not for iterations."""

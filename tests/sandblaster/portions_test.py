@@ -126,7 +126,7 @@ def test_what_a_dead_replica_had_not_landed_goes_back():
     for _ in range(3):
         order = finish(desk, order)[-1]
     # Pushed 0 and 1, holds 2, computes 3; both shards have added the push.
-    assert desk.handle(Died(0, landed=(1, 1))) == []
+    assert desk.handle(Died(0, 1, landed=(1, 1))) == []
     assert desk.counted == 2 and desk.info.returned == 2
     got = []
     for _ in range(6):
@@ -140,7 +140,7 @@ def test_a_push_that_only_some_shards_have_added_is_repaired_on_the_others():
     desk, (order, other) = started(portions=6, replicas=2, shards=3, push_every=2)
     order = finish(desk, order)[-1]
     finish(desk, order)
-    desk.handle(Died(0, landed=(1, 0, 1)))
+    desk.handle(Died(0, 1, landed=(1, 0, 1)))
     assert desk.counted == 0 and desk.info.repaired == 2
     pushes = []
     for _ in range(6):
@@ -155,12 +155,14 @@ def test_a_push_that_only_some_shards_have_added_is_repaired_on_the_others():
 
 def test_whoever_was_declared_dead_is_told_to_forget():
     desk, (order, _) = started(portions=6, replicas=2)
-    desk.handle(Died(0, landed=(0,)))
+    desk.handle(Died(0, 1, landed=(0,)))
     assert finish(desk, order) == [Forget(0, 1)]
     assert desk.handle(Pushed(0, 1, 0)) == [Forget(0, 1)]
     (again,) = desk.handle(Joined(0))
     assert again.life == 2
     assert finish(desk, order) == [Forget(0, 1)], "from its former life"
+    assert desk.handle(Died(0, 1, landed=(0,))) == [], "said twice"
+    assert finish(desk, again)[0] == Keep(0, 2, again.portion)
     with pytest.raises(ValueError, match="never declared dead"):
         desk.handle(Joined(0))
 

@@ -92,7 +92,7 @@ def test_an_evaluation_sees_the_pushes_of_those_before_it():
 @pytest.mark.parametrize("strategy", ["backups", "portions", "static"])
 @pytest.mark.parametrize("name", CLUSTERS)
 def test_every_shard_adds_every_portion_once(name, strategy):
-    for seed in range(4):
+    for seed in range(2 if strategy == "static" else 4):
         result = run(CLUSTERS[name], strategy, seed=seed)
         trace, info = result.trace, result.info
         trace.validate()

@@ -198,5 +198,5 @@ class World:
         if len(replies) == self.desk.shards:
             del self.fences[replica]
             landed = tuple(replies[s] for s in range(self.desk.shards))
-            self.give(self.desk.handle(m.Died(replica, landed)))
+            self.give(self.desk.handle(m.Died(replica, life, landed)))
             self.give([m.Forget(replica, life)])

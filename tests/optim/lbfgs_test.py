@@ -1,0 +1,549 @@
+import functools
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dbjax.optim import lbfgs, linesearch, minimize, scale_by_lbfgs
+from dbjax.optim.linesearch import words
+from dbjax.optim.minimize import (
+    CONVERGED,
+    INCONSISTENT,
+    LIMIT,
+    MESSAGES,
+    NOT_FINITE,
+    SEARCH_FAILED,
+    SMALL_STEP,
+)
+from tests import textbook
+
+ZOOM = functools.partial(
+    optax.scale_by_zoom_linesearch, 15, initial_guess_strategy="one"
+)
+SEARCHES = {
+    "default": {},
+    "backtracking": {"linesearch": linesearch.backtracking()},
+    "zoom": {"linesearch": ZOOM()},
+    "none": {"linesearch": None},
+    "schedule": {"learning_rate": lambda count: 1.0 / (1 + count)},
+    "bfloat16": {"history_dtype": jnp.bfloat16},
+}
+
+
+def trees_of(x):
+    return {"w": x[:6].reshape(2, 3), "b": [x[6:8], x[8]]}
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(np.asarray(x)) for x in jax.tree.leaves(tree)])
+
+
+def walk(steps, size=9, seed=0, dtype=np.float32, drift=0.3):
+    """Random parameters, and gradients of a convex quadratic there."""
+    random = np.random.default_rng(seed)
+    root = random.normal(size=(size, size))
+    matrix = root @ root.T / size + 0.1 * np.eye(size)
+    points = np.cumsum(drift * random.normal(size=(steps, size)), axis=0)
+    return points.astype(dtype), (points @ matrix).astype(dtype)
+
+
+def directions(rule, points, gradients, tree=trees_of, state=None):
+    """The direction at each point, flat, and the last state."""
+    update, seen = jax.jit(rule.update), []
+    state = rule.init(tree(jnp.array(points[0]))) if state is None else state
+    for w, g in zip(points, gradients, strict=True):
+        d, state = update(tree(jnp.array(g)), state, tree(jnp.array(w)))
+        seen.append(flat(d))
+    return np.stack(seen), state
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize(("dtype", "rtol"), [("float32", 1e-4), ("float64", 1e-11)])
+def test_direction_is_the_dense_inverse_hessian_times_the_gradient(dtype, rtol, scaled):
+    m = 4
+    with jax.enable_x64(dtype == "float64"):
+        points, gradients = walk(9, dtype=dtype)
+        points = points[:, [*range(9)]]
+        order = flat(trees_of(np.arange(9)))  # leaves are not in the vector's order
+        got, state = directions(scale_by_lbfgs(m, scaled), points, gradients)
+        theirs, _ = directions(optax.scale_by_lbfgs(m, scaled), points, gradients)
+    np.testing.assert_allclose(got, theirs, rtol=10 * rtol, atol=10 * rtol)
+    points, gradients = points[:, order], gradients[:, order]
+    points, gradients = points.astype("float64"), gradients.astype("float64")
+    for k, g in enumerate(gradients):
+        s = list(np.diff(points[: k + 1], axis=0))[-m:]
+        y = list(np.diff(gradients[: k + 1], axis=0))[-m:]
+        gamma = s[-1] @ y[-1] / (y[-1] @ y[-1]) if s else min(1, 1 / np.linalg.norm(g))
+        gamma = gamma if scaled else 1.0
+        want = textbook.inverse_hessian(s, y, gamma, 9) @ g
+        size = np.abs(want).max()
+        np.testing.assert_allclose(textbook.two_loop(s, y, gamma, g), want, rtol=1e-9)
+        np.testing.assert_allclose(got[k], want, rtol=rtol, atol=rtol * size)
+    counts = state.products
+    assert (counts.pairs, counts.skipped, counts.damped, counts.restarts) == (
+        m,
+        0,
+        0,
+        0,
+    )
+    slope = got[-1] @ gradients[-1]
+    np.testing.assert_allclose(counts.slope, slope, rtol=10 * rtol)
+
+
+def test_what_the_products_hold_are_the_products_of_the_history():
+    points, gradients = walk(8, size=5)
+    _, state = directions(scale_by_lbfgs(3), points, gradients, tree=lambda x: x)
+    order = (int(state.products.next) + np.arange(3)) % 3
+    s, y = np.asarray(state.s_history)[order], np.asarray(state.y_history)[order]
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
+    close(np.triu(state.products.sy), np.triu(s @ y.T))
+    close(state.products.yy, y @ y.T)
+    close(state.products.sg, s @ gradients[-1])
+    close(state.products.yg, y @ gradients[-1])
+
+
+def test_direction_turns_with_the_coordinates_and_not_with_the_scale_of_the_value():
+    points, gradients = walk(7, size=9)
+    turn, _ = np.linalg.qr(np.random.default_rng(1).normal(size=(9, 9)))
+    turn = turn.astype(np.float32)
+    rule, whole = scale_by_lbfgs(3), lambda x: x
+    plain, _ = directions(rule, points, gradients, whole)
+    turned, _ = directions(rule, points @ turn, gradients @ turn, whole)
+    np.testing.assert_allclose(turned, plain @ turn, rtol=1e-3, atol=1e-4)
+    scaled, _ = directions(rule, points, 1000 * gradients, whole)
+    np.testing.assert_allclose(scaled[1:], plain[1:], rtol=1e-3, atol=1e-4)
+
+
+def test_small_differences_of_large_gradients_keep_their_digits():
+    """`y` is a thousandth of `g`: products made by subtraction still serve."""
+    points, gradients = walk(9, drift=1e-3)
+    gradients += np.float32(3.0)
+    got, _ = directions(scale_by_lbfgs(4), points, gradients, lambda x: x)
+    points, gradients = points.astype("float64"), gradients.astype("float64")
+    s, y = list(np.diff(points, axis=0))[-4:], list(np.diff(gradients, axis=0))[-4:]
+    gamma = s[-1] @ y[-1] / (y[-1] @ y[-1])
+    want = textbook.two_loop(s, y, gamma, gradients[-1])
+    np.testing.assert_allclose(got[-1], want, atol=0.02 * np.abs(want).max())
+
+
+def test_bfloat16_history_is_half_and_its_direction_close():
+    points, gradients = walk(9)
+    full, _ = directions(scale_by_lbfgs(4), points, gradients)
+    rule = scale_by_lbfgs(4, history_dtype=jnp.bfloat16)
+    half, state = directions(rule, points, gradients)
+    assert {x.dtype for x in jax.tree.leaves(state.s_history)} == {jnp.bfloat16}
+    np.testing.assert_allclose(half, full, atol=0.05 * np.abs(full).max())
+    assert (np.sum(half * gradients[:, flat(trees_of(np.arange(9)))], 1) > 0).all()
+
+
+def test_complex_parameters_give_the_direction_of_optax():
+    points, gradients = walk(6, size=8)
+    as_complex = lambda x: x[:4] + 1j * x[4:]  # noqa: E731
+    got, _ = directions(scale_by_lbfgs(3), points, gradients, as_complex)
+    want, _ = directions(optax.scale_by_lbfgs(3), points, gradients, as_complex)
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_negative_curvature_is_damped_and_every_direction_descends():
+    """Steps of fixed length on a saddle, where optax's directions turn uphill."""
+    hessian = jnp.array([1.0, -1.0, 0.5, -2.0])
+    rule = scale_by_lbfgs(3)
+    update, w = jax.jit(rule.update), jnp.array([1.0, 0.1, -2.0, 0.1])
+    state = rule.init(w)
+    for _ in range(12):
+        d, state = update(hessian * w, state, w)
+        assert jnp.vdot(d, hessian * w) > 0
+        w = w - 0.3 * d / jnp.linalg.norm(d)
+    assert state.products.damped > 0
+    assert jnp.isfinite(w).all()
+    s, y = state.s_history, state.y_history
+    assert (jnp.sum(s * y, axis=1) > 0).all()
+
+
+def test_a_step_of_nothing_is_skipped():
+    points, gradients = walk(5)
+    rule = scale_by_lbfgs(3)
+    got, state = directions(rule, points, gradients)
+    again, after = directions(rule, points[-1:], gradients[-1:], state=state)
+    np.testing.assert_allclose(again[0], got[-1], rtol=1e-5, atol=1e-6)
+    assert after.products.skipped == state.products.skipped + 1
+    jax.tree.map(np.testing.assert_array_equal, after.s_history, state.s_history)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_what_is_not_finite_passes_and_leaves_no_trace(bad):
+    """The next two gradients rebuild the pair; the history was never touched."""
+    points, gradients = walk(8)
+    broken = gradients.copy()
+    broken[5, 0] = bad
+    rule = scale_by_lbfgs(3)
+    got, state = directions(rule, points, broken)
+    want, _ = directions(rule, np.delete(points, 5, 0), np.delete(gradients, 5, 0))
+    assert not np.isfinite(got[5]).all() or bad == 1e30
+    assert np.isfinite(got[6:]).all()
+    assert state.products.pairs == 3
+    for leaf in jax.tree.leaves((state.s_history, state.y_history)):
+        assert jnp.isfinite(leaf).all()
+        assert jnp.abs(leaf).max() < 100
+    del want
+
+
+def rosenbrock(x):
+    return jnp.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
+
+
+def mixed_loss(params, scale=1.0):
+    return scale * sum(
+        jnp.sum((x.astype("float32") - 0.5) ** 2 * (1 + i)) + jnp.sum(x**4)
+        for i, x in enumerate(jax.tree.leaves(params))
+    ).astype("float32")
+
+
+def mixed_params():
+    return {
+        "w": jnp.linspace(-1, 1, 6).reshape(2, 3),
+        "b": [jnp.ones(2, jnp.bfloat16), jnp.array(2.0)],
+    }
+
+
+def loop(rule, loss, params, steps, **extra):
+    """The optax loop; the parameters, the values and the states."""
+
+    def step(params, state):
+        value_and_grad = optax.value_and_grad_from_state(loss)
+        value, grad = value_and_grad(params, state=state, **extra)
+        updates, state = rule.update(
+            grad, state, params, value=value, grad=grad, value_fn=loss, **extra
+        )
+        return optax.apply_updates(params, updates), state, value
+
+    jitted = jax.jit(step, donate_argnums=1)
+    # Weak scalars of the user's would compile the user's own step again.
+    params, state = jax.tree.map(jnp.array, params), rule.init(params)
+    states, values = [jax.tree.map(np.asarray, state)], []
+    for _ in range(steps):
+        params, state, value = jitted(params, state)
+        states.append(jax.tree.map(np.array, state))
+        values.append(float(value))
+    assert jitted._cache_size() == 1
+    return params, values, states
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_drop_in_for_optax_stable_and_donatable_from_the_first_call(name):
+    rule = lbfgs(memory_size=3, **SEARCHES[name])
+    params, values, states = loop(rule, mixed_loss, mixed_params(), 6)
+    spec = [jax.tree.map(lambda x: (x.shape, x.dtype), state) for state in states]
+    assert all(s == spec[0] for s in spec)
+    assert jax.tree.map(lambda x: x.dtype, params)["b"][0] == jnp.bfloat16
+    assert values[-1] < values[0]
+    for what in ("value", "grad", "count"):
+        optax.tree.get(states[0], what)  # an error if it is not unique
+    assert optax.tree.get(states[0], "value") == np.inf
+    assert optax.tree.get(states[-1], "count") == 6
+    assert jax.tree.structure(optax.tree.get(states[-1], "grad")) == jax.tree.structure(
+        params
+    )
+    abstract = jax.eval_shape(rule.init, mixed_params())
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == spec[0]
+
+
+def test_same_iterates_as_optax_with_the_line_search_of_optax():
+    start = jnp.array([-1.2, 1.0, -0.5, 0.8])
+    ours = loop(lbfgs(linesearch=ZOOM()), rosenbrock, start, 12)[1]
+    theirs = loop_of_optax(optax.lbfgs(linesearch=ZOOM()), rosenbrock, start, 12)
+    np.testing.assert_allclose(ours, theirs, rtol=2e-2)
+
+
+def loop_of_optax(rule, loss, params, steps):
+    def body(carry, _):
+        params, state = carry
+        value, grad = jax.value_and_grad(loss)(params)
+        updates, state = rule.update(
+            grad, state, params, value=value, grad=grad, value_fn=loss
+        )
+        return (optax.apply_updates(params, updates), state), value
+
+    return jax.jit(lambda p: jax.lax.scan(body, (p, rule.init(p)), length=steps)[1])(
+        params
+    )
+
+
+def test_scan_vmap_and_the_loop_without_jit_agree():
+    rule = lbfgs(memory_size=3)
+    starts = jnp.array([[-1.2, 1.0], [0.5, -0.5]])
+    lanes = jax.vmap(lambda p: loop_of_optax(rule, rosenbrock, p, 8))(starts)
+    for start, want in zip(starts, lanes, strict=True):
+        np.testing.assert_allclose(
+            loop_of_optax(rule, rosenbrock, start, 8), want, rtol=1e-2, atol=1e-5
+        )
+    params, state, values = starts[0], rule.init(starts[0]), []
+    grad_of = jax.jit(jax.value_and_grad(rosenbrock))
+    for _ in range(8):
+        value, grad = grad_of(params)
+        values.append(value)
+        updates, state = rule.update(
+            grad, state, params, value=value, grad=grad, value_fn=rosenbrock
+        )
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(values, lanes[0], rtol=1e-2, atol=1e-5)
+
+
+def test_aux_is_that_of_the_newest_parameters():
+    def loss(w, target):
+        residual = w - target
+        return jnp.sum(residual**4), {"residual": residual, "calls": jnp.int32(1)}
+
+    params, target = jnp.zeros(3), jnp.arange(3.0)
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    aux = jax.eval_shape(loss, params, target)[1]
+    rule = lbfgs(aux=aux)
+    state = rule.init(params)
+    (value, _), grad = value_and_grad(params, target)
+
+    @jax.jit
+    def step(params, state, value, grad):
+        updates, state = rule.update(
+            *(grad, state, params),
+            **dict(value=value, grad=grad, value_fn=loss, target=target),
+        )
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(4):
+        params, state = step(params, state, value, grad)
+        value, grad = (optax.tree.get(state, name) for name in ("value", "grad"))
+        got = optax.tree.get(state, "aux")
+        np.testing.assert_allclose(got["residual"], params - target, rtol=1e-6)
+        assert got["calls"] == 1
+    assert step._cache_size() == 1
+
+
+def test_a_search_that_finds_nothing_drops_the_history():
+    rule, params = lbfgs(linesearch=linesearch.more_thuente()), jnp.array([2.0, 1.0])
+    state = rule.init(params)
+    for sign in (1.0, 1.0, -1.0):  # the last gradient points the wrong way
+        value, grad = jax.value_and_grad(lambda w: jnp.sum(w**4))(params)
+        before = params
+        updates, state = rule.update(
+            *(sign * grad, state, params),
+            **dict(value=value, grad=sign * grad, value_fn=lambda w: jnp.sum(w**4)),
+        )
+        params = optax.apply_updates(params, updates)
+    assert state[1].status in (words.FAILED, words.INCONSISTENT, words.NOT_DESCENT)
+    assert (params == before).all()
+    assert state[0].products.pairs == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "words_in_error", "make"),
+    [
+        (ValueError, "memory_size=0", lambda: lbfgs(memory_size=0)),
+        (ValueError, "memory_size=-3", lambda: scale_by_lbfgs(-3)),
+        (TypeError, "memory_size=2.5", lambda: lbfgs(memory_size=2.5)),
+        (TypeError, "memory_size=True", lambda: lbfgs(memory_size=True)),
+        (ValueError, "history_dtype=int8", lambda: lbfgs(history_dtype="int8")),
+        (TypeError, "linesearch='zoom'", lambda: lbfgs(linesearch="zoom")),
+        (
+            ValueError,
+            "params=",
+            lambda: scale_by_lbfgs().update(1.0, scale_by_lbfgs().init(1.0)),
+        ),
+        (
+            ValueError,
+            "max_iterations=-1",
+            lambda: minimize(rosenbrock, jnp.zeros(2), max_iterations=-1),
+        ),
+        (
+            ValueError,
+            "gradient_tolerance=nan",
+            lambda: minimize(rosenbrock, jnp.zeros(2), gradient_tolerance=np.nan),
+        ),
+    ],
+)
+def test_bad_input_is_named(error, words_in_error, make):
+    with pytest.raises(error, match=words_in_error):
+        make()
+
+
+def beale(x):
+    powers = x[1] ** jnp.arange(1, 4)
+    return jnp.sum((jnp.array([1.5, 2.25, 2.625]) - x[0] * (1 - powers)) ** 2)
+
+
+def powell_singular(x):
+    first = (x[0] + 10 * x[1]) ** 2 + 5 * (x[2] - x[3]) ** 2
+    return first + (x[1] - 2 * x[2]) ** 4 + 10 * (x[0] - x[3]) ** 4
+
+
+def wood(x):
+    first = 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
+    second = 90 * (x[3] - x[2] ** 2) ** 2 + (1 - x[2]) ** 2
+    return first + second + 10 * (x[1] + x[3] - 2) ** 2 + 0.1 * (x[1] - x[3]) ** 2
+
+
+def quadratic(x):
+    return 0.5 * jnp.sum(jnp.logspace(-1, 2, x.size, dtype=x.dtype) * x * x)
+
+
+# From Moré, Garbow and Hillstrom (1981), but for the quadratic.
+PROBLEMS = {
+    "rosenbrock": (rosenbrock, [-1.2, 1.0]),
+    "extended rosenbrock": (rosenbrock, [-1.2, 1.0] * 5),
+    "beale": (beale, [1.0, 1.0]),
+    "powell singular": (powell_singular, [3.0, -1.0, 0.0, 1.0]),
+    "wood": (wood, [-3.0, -1.0, -3.0, -1.0]),
+    "quadratic": (quadratic, [1.0] * 20),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_classic_problems_are_solved(name, dtype):
+    f, start = PROBLEMS[name]
+    with jax.enable_x64(dtype == "float64"):
+        x = jnp.array(start, dtype)
+        result = jax.jit(lambda x: minimize(f, x, gradient_tolerance=1e-4))(x)
+    assert result.status == CONVERGED, MESSAGES[int(result.status)]
+    assert result.value < 1e-5
+    assert result.params.dtype == dtype
+    assert result.evaluations < 1.4 * result.iterations + 10
+
+
+def test_a_batch_of_problems_where_one_fails():
+    def f(x, scale):
+        return scale * jnp.sum((x - 1) ** 2)
+
+    scales = jnp.array([1.0, jnp.nan, 100.0])
+    batch = jax.vmap(lambda s: minimize(f, jnp.zeros(2), s))(scales)
+    assert batch.status.tolist() == [CONVERGED, NOT_FINITE, CONVERGED]
+    np.testing.assert_allclose(batch.params, [[1, 1], [0, 0], [1, 1]], atol=1e-4)
+
+
+@jax.custom_vjp
+def lying(x):
+    return jnp.sum(x**2)
+
+
+lying.defvjp(lambda x: (lying(x), x), lambda x, g: (-2 * g * x,))
+
+
+def walled(x):
+    """Not finite from 1 on, with the minimum just before."""
+    return jnp.where(x[0] < 1, jnp.sum((x - 0.9) ** 2), jnp.nan) * 1e3
+
+
+ENDS = {
+    "constant": (CONVERGED, lambda x: 0.0 * jnp.sum(x), {}),
+    "start not finite": (NOT_FINITE, lambda x: jnp.nan * jnp.sum(x), {}),
+    "lying gradient": (INCONSISTENT, lying, {}),
+    "kink": (SEARCH_FAILED, lambda x: jnp.sum(jnp.maximum(3 * x - 3, -0.5 * x)), {}),
+    "limit": (LIMIT, rosenbrock, {"max_iterations": 3}),
+    "no iterations": (LIMIT, rosenbrock, {"max_iterations": 0}),
+    "rounding": (
+        SMALL_STEP,
+        lambda x: jnp.sum(x**2) + 1e6,
+        {"optimizer": optax.sgd(1e-4), "gradient_tolerance": 0.0},
+    ),
+    "diverging": (NOT_FINITE, lambda x: jnp.sum(x**4), {"optimizer": optax.sgd(1e3)}),
+    "a wall": (CONVERGED, walled, {"gradient_tolerance": 1e-2}),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_the_end_is_honest_and_no_worse_than_the_start(name):
+    status, f, keywords = ENDS[name]
+    start = jnp.array([-1.2, 0.5])
+    result = minimize(f, start, **keywords)
+    assert MESSAGES[int(result.status)] == MESSAGES[status]
+    assert jnp.isfinite(result.params).all()
+    assert not result.value > f(start)
+    if status != NOT_FINITE:
+        np.testing.assert_allclose(result.value, f(result.params), rtol=1e-6)
+
+
+def test_a_run_goes_on_from_its_state_with_its_history():
+    start = jnp.array([-1.2, 1.0] * 3)
+    run = jax.jit(
+        lambda x, state: minimize(rosenbrock, x, state=state, max_iterations=10)
+    )
+    first = run(start, lbfgs().init(start))
+    second = run(first.params, first.state)
+    whole = jax.jit(lambda x: minimize(rosenbrock, x, max_iterations=20))(start)
+    np.testing.assert_allclose(second.value, whole.value, rtol=0.05)
+    assert second.state[0].count == 20
+
+
+SHARDED = """
+import os
+os.environ["NPROC"] = "64"
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+import jax.numpy as jnp, numpy as np, optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import dbjax
+
+mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.KIND,))
+specs = {"w": P("x", None), "b": P(None), "v": P(None, None, "x")}
+shapes = {"w": (16, 3), "b": (5,), "v": (2, 3, 8)}
+whole = {k: jnp.sin(1.0 + jnp.arange(np.prod(s))).reshape(s) for k, s in shapes.items()}
+params = {k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in whole.items()}
+
+def loss(p):
+    return sum(jnp.sum(x**4 + x**2) for x in jax.tree.leaves(p))
+
+def same(a, b):
+    return a.sharding.is_equivalent_to(b, a.ndim)
+
+rule = dbjax.scale_by_lbfgs(3)
+step = jax.jit(lambda g, state, p: rule.update(g, state, p), donate_argnums=1)
+for init in (rule.init, jax.jit(rule.init)):
+    state = init(params)
+    for k, spec in specs.items():
+        rows = NamedSharding(mesh, P(None, *spec))
+        assert same(state.s_history[k], rows) and same(state.y_history[k], rows)
+        assert same(state.params[k], rows.update(spec=spec))
+        if k != "b":
+            shard = state.s_history[k].addressable_shards[0].data
+            assert shard.size * 8 == state.s_history[k].size
+    text = step.lower(params, state, params).compile().as_text()
+    ops = ("all-reduce", "all-gather", "all-to-all", "collective-permute")
+    found = {op: text.count(f" {op}(") + text.count(f" {op}-start(") for op in ops}
+    assert found == {op: int(op == "all-reduce") for op in ops}, found
+    p = params
+    for _ in range(5):
+        d, state = step(jax.tree.map(lambda x: 4 * x**3 + 2 * x, p), state, p)
+        p = jax.block_until_ready(jax.tree.map(lambda a, b: a - 0.5 * b, p, d))
+    assert same(state.s_history["w"], NamedSharding(mesh, P(None, "x")))
+assert step._cache_size() == 1, step._cache_size()
+
+def run(params):
+    rule = dbjax.lbfgs(memory_size=3)
+    def one(p, state):
+        value, grad = optax.value_and_grad_from_state(loss)(p, state=state)
+        updates, state = rule.update(grad, state, p, value=value, grad=grad, value_fn=loss)
+        return optax.apply_updates(p, updates), state
+    one, state = jax.jit(one, donate_argnums=1), rule.init(params)
+    for _ in range(6):
+        params, state = jax.block_until_ready(one(params, state))
+    return params
+
+jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
+    run(params), run(whole),
+)
+"""
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_one_all_reduce_and_the_history_sharded_from_init_on(kind):
+    script = textwrap.dedent(SHARDED).replace("KIND", kind)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
