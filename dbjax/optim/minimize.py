@@ -35,7 +35,7 @@ MESSAGES = {
     INCONSISTENT: "line search failed: the gradient is not that of the value",
 }
 
-PATIENCE = 5  # iterations without a new best value before the loop gives up
+PATIENCE = 20  # iterations without a new best value before the loop gives up
 
 
 class MinimizeResult(NamedTuple):
@@ -97,7 +97,7 @@ def minimize(
         max_iterations: steps at most.
         gradient_tolerance: stop when no gradient entry exceeds this.
         value_tolerance: a value counts as fallen only if it falls by more than this
-          share of its absolute value; after 5 that did not fall the loop stops.
+          share of its absolute value; after 20 that did not fall the loop stops.
 
     Returns:
         The best parameters found, and why the loop stopped.

@@ -22,6 +22,9 @@ again, so it is decided *before* anything is added who may add it:
 4. A push that some shards have added and others have not is repaired: its portions are
    computed again and pushed, each alone, to the shards that lack them.
 
+Not handled here: a shard that loses what it has added. Links are taken to keep the
+order of their messages, and what is sent to a former life of a replica to be lost.
+
 Sums are sent every `push_every` portions; sooner where nothing is left to hand out, or
 where the portion at hand gets a backup copy, as then its replica may be slow or gone,
 and what it holds should not wait for it. Source: the paper, section 4.2; its pseudocode
