@@ -30,8 +30,9 @@ def vdot(a: Params, b: Params) -> jax.Array:
     Examples:
         >>> import jax.numpy as jnp
         >>> from dbjax import trees
-        >>> print(trees.vdot({"w": jnp.ones(3), "b": 2.0}, {"w": jnp.ones(3), "b": 5.0}))
-        13.0
+        >>> a = {"w": jnp.ones(3), "b": 2.0}
+        >>> print(trees.vdot(a, a))
+        7.0
     """
     return _total(jax.tree.map(_leaf_vdot, a, b))
 
@@ -210,7 +211,7 @@ def _rows_sharding(sharding: Any, ndim: int, rows: int | None) -> Any:
 
 
 def _written(sharding: NamedSharding, ndim: int) -> NamedSharding:
-    """The same sharding as jit writes it on outputs, or a second compilation follows."""
+    """The same sharding as jit writes it, or a second compilation follows."""
     spec = list(sharding.spec)
     while spec and spec[-1] is None:
         spec.pop()

@@ -22,9 +22,10 @@ EvalFn: TypeAlias = Callable[[Params, int, float], Mapping[str, float]]
 class Data(Protocol):
     """What training asks of data: the same arguments, the same batch, everywhere.
 
-    Two methods more are used where there are any: `batches(replicas, steps)`, which
-    gives many minibatches at once, and `start(replicas)`, which is called before a run
-    for data that then begins anew.
+    More methods are used where there are any: `batches(replicas, steps)`, which gives
+    many minibatches at once; `start(replicas)`, which is called before a run for data
+    that then begins anew; and `state_after(counts)` with `set_state(state)`, so that
+    such data goes on from a checkpoint without being read again.
     """
 
     def batch(self, replica: int, step: int) -> Batch:

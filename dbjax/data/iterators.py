@@ -1,7 +1,8 @@
 """Batches from any loader: one iterator per replica, read forwards."""
 
 import base64
-from collections.abc import Callable, Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -63,6 +64,26 @@ class IteratorData:
             "replicas": self._replicas,
             "streams": {str(r): s.get_state() for r, s in self._streams.items()},
         }
+
+    def state_after(self, counts: Sequence[int]) -> dict[str, Any] | None:
+        """Give `get_state` for a checkpoint in which so many batches have been used.
+
+        Args:
+            counts: batches used, by replica.
+
+        Returns:
+            The state; None where an iterator has been read further than that, or its
+            state is not JSON-able: who resumes then reads again from the beginning.
+        """
+        state = self.get_state()
+        read = {int(r): stream["count"] for r, stream in state["streams"].items()}
+        if any(read.get(r, 0) != count for r, count in enumerate(counts)):
+            return None
+        try:
+            json.dumps(state)
+        except (TypeError, ValueError):
+            return None
+        return state
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go back to where `get_state` was called, with fresh iterators.

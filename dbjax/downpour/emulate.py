@@ -11,7 +11,12 @@ from dbjax.downpour.arguments import Arguments
 from dbjax.downpour.exact import Exact
 from dbjax.downpour.plan import make_plan
 from dbjax.downpour.problem import Problem
-from dbjax.downpour.provenance import check_same, describe_machine, describe_run
+from dbjax.downpour.provenance import (
+    check_same,
+    describe_machine,
+    describe_run,
+    stream_state,
+)
 from dbjax.downpour.replay import finish, walk
 from dbjax.downpour.run import Run
 from dbjax.downpour.simulate import simulate_run
@@ -49,6 +54,8 @@ def run_emulated(problem: Problem, arguments: Arguments, runtime: Emulated) -> R
     if a.checkpoint_dir is not None and (saved := checkpoint.latest(a.checkpoint_dir)):
         check_same(saved.note, mine, a.checkpoint_dir)
         machine.restore(saved.leaves, saved.note["machine"])
+        if saved.note["streams"] is not None:
+            problem.data.set_state(saved.note["streams"])  # type: ignore[attr-defined]
         evaluations, resumed_at = saved.note["evaluations"], saved.step
 
     saved_at = resumed_at
@@ -60,7 +67,14 @@ def run_emulated(problem: Problem, arguments: Arguments, runtime: Emulated) -> R
         if a.checkpoint_dir is None or step <= saved_at:
             return
         leaves, note = machine.leaves()
-        note = mine | {"machine": note, "evaluations": evaluations}
+        done = np.flatnonzero(plan.compute[: machine.row])
+        counts = np.zeros(a.replicas, np.int64)
+        np.maximum.at(counts, plan.replica[done], plan.batch[done] + 1)
+        note = mine | {
+            "machine": note,
+            "evaluations": evaluations,
+            "streams": stream_state(problem, counts.tolist()),
+        }
         checkpoint.save(a.checkpoint_dir, step, leaves, note)
         saved_at = step
 
@@ -94,6 +108,17 @@ def run_emulated(problem: Problem, arguments: Arguments, runtime: Emulated) -> R
 def _fingerprint(trace: Trace) -> str:
     """A checksum of the order of events: a resumed run must have the same."""
     value = 0
-    for name in ("kind", "replica", "shard", "step", "batch", "version", "base"):
+    names = (
+        "kind",
+        "replica",
+        "shard",
+        "step",
+        "batch",
+        "version",
+        "base",
+        "status",
+        "time",
+    )
+    for name in names:
         value = zlib.crc32(np.ascontiguousarray(getattr(trace, name)).tobytes(), value)
     return f"{len(trace)}-{np.count_nonzero(trace.kind == COMPUTE)}-{value:08x}"

@@ -11,7 +11,12 @@ from dbjax.downpour.arguments import Arguments
 from dbjax.downpour.hands import ReplicaHands
 from dbjax.downpour.problem import Problem, copy, digest
 from dbjax.downpour.program import make_program
-from dbjax.downpour.provenance import check_same, describe_machine, describe_run
+from dbjax.downpour.provenance import (
+    check_same,
+    describe_machine,
+    describe_run,
+    stream_state,
+)
 from dbjax.downpour.run import Run, make_info
 from dbjax.runtime.base import RejectedTooOften
 from dbjax.runtime.live_shard import Snapshot
@@ -86,7 +91,7 @@ class Live:
         try:
             with crew.running(marks):
                 while left < a.replicas:
-                    name, what = crew.events.get()
+                    name, what = crew.next_event()
                     if name == "left":
                         left += 1
                     elif name == "error":
@@ -195,6 +200,7 @@ class Live:
             "digests": self.recorder.digests,
             "time": self.recorder.now(),
             "local": local,
+            "streams": stream_state(self.problem, self.batches),
         }
         checkpoint.save(a.checkpoint_dir, computed, leaves, note)
         self.saved_at = computed
@@ -219,6 +225,8 @@ class Live:
             version = int(note["versions"][s])
             self.states[s] = ShardState(params, optimizer_state, version)
         self.batches[:], self.ids[:] = note["batches"], note["ids"]
+        if note["streams"] is not None:
+            problem.data.set_state(note["streams"])  # type: ignore[attr-defined]
         self.evaluations = note["evaluations"]
         self.recorder = Recorder(float(note["time"]))
         self.recorder.digests = [tuple(one) for one in note["digests"]]

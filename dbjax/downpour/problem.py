@@ -48,6 +48,7 @@ class Problem:
     local_step: Callable[..., tuple[Params, Any]] | None
     version_dtype: Any
     per_shard: bool
+    seed: int | None
     batch_spec: tuple[Any, ...]
 
     def batch(self, replica: int, index: int) -> Batch:
@@ -112,7 +113,8 @@ def make_problem(
     check_provide(provide)
     layout = Layout.of(params, shards, split)
     # Our own copy: the run recycles buffers, and NumPy memory may change under us.
-    params = jax.tree.map(lambda x: jnp.array(x), params)
+    # Of its own dtype, not a weak one, which the first update would change.
+    params = jax.tree.map(lambda x: jnp.array(x, jnp.result_type(x)), params)
     if not per_shard:
         check_split(optimizer, params, layout, split, provide)
     if hasattr(data, "start"):
@@ -149,6 +151,7 @@ def make_problem(
         local_step=None if local_optimizer is None else jax.jit(local_step),
         version_dtype=version_dtype,
         per_shard=per_shard,
+        seed=seed if rng else None,
         batch_spec=shapes_of(first),
     )
 

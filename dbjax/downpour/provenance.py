@@ -1,12 +1,13 @@
 """What a run says of itself: in its Trace's header, and to one that resumes it."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from dbjax.downpour.arguments import Arguments
-from dbjax.downpour.problem import Problem
+from dbjax.downpour.problem import Problem, digest
 from dbjax.runtime.lanes import cores
 
 
@@ -47,6 +48,8 @@ def describe_problem(problem: Problem) -> dict[str, str]:
     params = problem.params
     return {
         "params": shapes(params),
+        "a start of checksum": str(digest(params)),
+        "seed": str(problem.seed),
         "split": ", ".join(map(str, problem.layout.sizes)),
         "optimizer state": state(problem.optimizer),
         "local_optimizer state": state(problem.local_optimizer),
@@ -76,6 +79,20 @@ def describe_run(
         "problem": describe_problem(problem),
         "fingerprint": fingerprint,
     }
+
+
+def stream_state(problem: Problem, counts: Sequence[int]) -> Any:
+    """Where the data's own iterators stand, for a checkpoint's note.
+
+    Args:
+      problem: its data is asked.
+      counts: batches that the checkpoint has used, by replica.
+
+    Returns:
+      JSON-able; None if the data has no state or has been read further.
+    """
+    after = getattr(problem.data, "state_after", None)
+    return None if after is None else after(counts)
 
 
 def check_same(note: dict[str, Any], mine: dict[str, Any], directory: Any) -> None:

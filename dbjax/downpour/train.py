@@ -114,10 +114,10 @@ def train(
         checkpoint_dir=checkpoint_dir,
     )  # fmt: skip
     problem = make_problem(
-        loss_fn, params, data, optimizer=optimizer, shards=shards, replicas=replicas,
-        provide=provide, local_optimizer=local_optimizer, split=split,
-        per_shard=per_shard, version_dtype=version_dtype, rng=rng, has_aux=has_aux,
-        seed=seed,
+        loss_fn, params, data, optimizer=optimizer, shards=arguments.shards,
+        replicas=arguments.replicas, provide=provide, local_optimizer=local_optimizer,
+        split=split, per_shard=per_shard, version_dtype=version_dtype, rng=rng,
+        has_aux=has_aux, seed=seed,
     )  # fmt: skip
     if isinstance(runtime, Emulated):
         return run_emulated(problem, arguments, runtime)

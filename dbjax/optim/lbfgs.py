@@ -14,7 +14,12 @@ import optax
 
 from dbjax import trees
 from dbjax.optim import vector_free
-from dbjax.optim.linesearch import LineSearch, more_thuente, scale_by_line_search
+from dbjax.optim.linesearch import (
+    LineSearch,
+    ScaleByLineSearchState,
+    more_thuente,
+    scale_by_line_search,
+)
 from dbjax.optim.vector_free import Products
 from dbjax.typing import Gradients, Params
 
@@ -178,7 +183,7 @@ def scale_by_lbfgs(
             trees.combine(found.y, y_history),
         )
         return direction, ScaleByLBFGSState(
-            count=optax.safe_increment(state.count),
+            count=jnp.asarray(optax.safe_increment(state.count)),
             params=jax.tree.map(
                 lambda p, old: p.astype(old.dtype), params, state.params
             ),
@@ -248,7 +253,8 @@ def lbfgs(
         >>> import dbjax
         >>> f = lambda w: jnp.sum((w - jnp.array([1.0, 2.0])) ** 2)
         >>> rule, params = dbjax.lbfgs(), jnp.zeros(2)
-        >>> state, value_and_grad = rule.init(params), optax.value_and_grad_from_state(f)
+        >>> state = rule.init(params)
+        >>> value_and_grad = optax.value_and_grad_from_state(f)
         >>> for _ in range(2):
         ...     value, grad = value_and_grad(params, state=state)
         ...     updates, state = rule.update(
@@ -270,11 +276,11 @@ def lbfgs(
         search = optax.with_extra_args_support(linesearch)
     else:
         raise TypeError(
-            f"linesearch={linesearch!r}: allowed are a dbjax.optim.linesearch, an optax "
-            "transformation and None"
+            f"linesearch={linesearch!r}: allowed are one of dbjax.optim.linesearch, an "
+            "optax transformation and None"
         )
 
-    def init(params: Params) -> tuple[ScaleByLBFGSState, Any]:
+    def init(params: Params) -> tuple[Any, Any]:
         return direct.init(params), search.init(params)
 
     def update(
@@ -285,12 +291,9 @@ def lbfgs(
     ) -> tuple[Gradients, tuple[ScaleByLBFGSState, Any]]:
         updates, direction = _step(direct, rate, updates, state[0], params)
         updates, line = search.update(updates, state[1], params, **extra_args)
-        if isinstance(linesearch, LineSearch):
-            products = trees.where(
-                line.learning_rate == 0,
-                vector_free.restart(direction.products),
-                direction.products,
-            )
+        if isinstance(line, ScaleByLineSearchState):
+            kept, fresh = direction.products, vector_free.restart(direction.products)
+            products = trees.where(line.learning_rate == 0, fresh, kept)
             direction = direction._replace(products=products)
         return updates, (direction, line)
 
@@ -308,7 +311,8 @@ def _plain(
 
     def init(params: Params) -> LBFGSState:
         dtype = jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).dtype
-        return wrapped(direct.init(params), trees.replicated(params, jnp.inf, dtype))
+        state: Any = direct.init(params)
+        return wrapped(state, trees.replicated(params, jnp.inf, dtype))
 
     def update(
         updates: Gradients,
@@ -329,9 +333,9 @@ def _step(
     direct: optax.GradientTransformationExtraArgs,
     rate: Any,
     updates: Gradients,
-    state: ScaleByLBFGSState,
+    state: Any,
     params: Params | None,
-) -> tuple[Gradients, ScaleByLBFGSState]:
+) -> tuple[Gradients, Any]:
     """The direction downhill times the learning rate."""
     eta = rate(state.count) if callable(rate) else rate
     direction, state = direct.update(updates, state, params)

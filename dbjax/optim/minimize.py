@@ -1,4 +1,4 @@
-"""A loop around an optax transformation: a stopping rule, and a status that is honest."""
+"""A loop around an optax transformation, with a stopping rule and honest statuses."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

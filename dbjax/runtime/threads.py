@@ -26,6 +26,10 @@ from dbjax.trace import COMPUTE, FAIL, FETCH, JOIN, LEAVE, PUSH
 from dbjax.typing import Params
 
 
+LOOK_UP = 1.0
+"""Seconds until a Ctrl-C is heard that came at the one moment when nobody listens."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Threads:
     """Run replicas as threads of this process, on this machine's cores.
@@ -153,6 +157,12 @@ class Crew:
                 if thread.ident is not None:  # started
                     thread.join()
 
+    def next_event(self) -> tuple[str, Any]:
+        """Wait for what the driver should know."""
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self.events.get(timeout=LOOK_UP)
+
     def stop(self) -> None:
         """No more tickets: replicas push what they have accrued, and leave."""
         with self.change:
@@ -165,7 +175,9 @@ class Crew:
         with self.change:
             self.paused = True
             self.change.notify_all()
-            self.change.wait_for(lambda: self.still == self.alive)
+            # A signal that comes just before a wait does not end it: look up at times.
+            while not self.change.wait_for(lambda: self.still == self.alive, LOOK_UP):
+                pass
         try:
             yield
         finally:

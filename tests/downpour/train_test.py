@@ -110,9 +110,6 @@ def test_numpy_integers_are_integers(runtime, kind):
     assert [each["step"] for each in run.trace.evaluations] == [4, 8, 9]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: the layout counts in the type it was given"
-)
 @pytest.mark.parametrize("kind", [np.int8, jnp.int32])
 def test_integers_of_any_kind_are_integers(kind):
     run = train(shards=kind(6))

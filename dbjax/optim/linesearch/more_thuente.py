@@ -161,7 +161,9 @@ def more_thuente(
         # far it lies above the line of sufficient decrease.
         tilt = jnp.where(first_stage & ~enough & (now.value <= state.best.value), 1, 0)
         trial, best, other, bracketed = _interpolate(
-            *(_tilt(p, -tilt * required) for p in (state.best, state.other, now)),
+            _tilt(state.best, -tilt * required),
+            _tilt(state.other, -tilt * required),
+            _tilt(now, -tilt * required),
             state.bracketed,
             _limits(state, now),
         )

@@ -100,6 +100,7 @@ def scale_by_line_search(
         ):
             if given is None:
                 raise ValueError(f"a line search needs {name}=: pass it to update")
+        assert value_fn is not None
         extra_args = _accepted(value_fn, extra_args)
         evaluate = jax.value_and_grad(value_fn, has_aux=aux is not None)
         value = jnp.asarray(value)
