@@ -54,8 +54,8 @@ _STEPS = flags.DEFINE_integer("steps", 250, "Minibatches of the run.", lower_bou
 _EVERY = flags.DEFINE_integer(
     "checkpoint_every", 5, "Minibatches between checkpoints.", lower_bound=1
 )
-_N_FETCH = flags.DEFINE_integer("n_fetch", 1, "As in `train`.", lower_bound=1)
-_N_PUSH = flags.DEFINE_integer("n_push", 1, "As in `train`.", lower_bound=1)
+_N_FETCH = flags.DEFINE_integer("n_fetch", 2, "As in `train`.", lower_bound=1)
+_N_PUSH = flags.DEFINE_integer("n_push", 3, "As in `train`.", lower_bound=1)
 _KEEP = flags.DEFINE_string(
     "keep", None, "A new folder for all that is written; by default it is removed."
 )

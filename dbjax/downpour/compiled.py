@@ -77,7 +77,11 @@ def chunk_rows(plan: Plan, problem: Problem) -> int:
 def take_rows(plan: Plan, problem: Problem, begin: int, end: int, size: int) -> Rows:
     """Cut rows `begin:end` out of a plan, filled up to `size` with its last one."""
     rows = np.minimum(np.arange(begin, begin + size), end - 1)
-    batch = stack(problem.data, plan.replica[rows], plan.batch[rows])
+    # Where a row computes nothing, the newest minibatch again: iterators only go on.
+    newest = np.where(plan.compute[rows], rows, -1)
+    newest[0] = begin - plan.compute[begin::-1].argmax()
+    newest = np.maximum.accumulate(newest)
+    batch = stack(problem.data, plan.replica[newest], plan.batch[newest])
     one = jax.tree.map(lambda x: x[0], batch)
     if shapes_of(one) != problem.batch_spec:
         raise ValueError(

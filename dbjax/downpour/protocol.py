@@ -1,6 +1,6 @@
-"""Protocols decide order: who may begin its next minibatch, and whose push is taken.
+"""Protocols decide order: who may begin and push, and whose push is taken.
 
-A protocol is two pure questions over the replicas' `Clocks`; a new one takes four
+A protocol is a few pure questions over the replicas' `Clocks`; a new one takes four
 lines. It never sees a value, so the order of a run does not depend on values.
 """
 
@@ -8,53 +8,94 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 
+class _Counts:
+    """A count for each live replica, and the least of them."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, int] = {}
+        self.least = 0
+        self._at: dict[int, int] = {}  # count -> how many live replicas are at it
+
+    def put(self, replica: int, count: int) -> None:
+        if count < self.least or not self._at:
+            self.least = count
+        self._at[count] = self._at.get(count, 0) + 1
+        before = self.of.get(replica)
+        self.of[replica] = count
+        if before is not None:
+            self._drop(before)
+
+    def remove(self, replica: int) -> None:
+        self._drop(self.of.pop(replica))
+
+    def _drop(self, count: int) -> None:
+        left = self._at[count] - 1
+        if left:
+            self._at[count] = left
+            return
+        del self._at[count]
+        if count == self.least and self._at:
+            self.least = min(self._at)
+
+
 class Clocks:
-    """How many minibatches each live replica has finished, pushes included.
+    """How many minibatches each live replica has begun and finished.
+
+    One is begun when the replica has the parameters for it, and finished when its push
+    is handled. What is begun is kept only for protocols with a `may_push`.
 
     Attributes:
-      rounds: that number, by replica.
-      slowest: the least of them; it stays where nobody is left.
+      rounds: how many are finished, by replica.
+      begun: how many are begun, by replica: as many, or one more.
 
     >>> clocks = Clocks()
-    >>> clocks.enter(0), clocks.enter(1), clocks.tick(1)
-    (None, None, None)
-    >>> clocks.rounds, clocks.slowest
-    ({0: 0, 1: 1}, 0)
+    >>> clocks.enter(0), clocks.enter(1), clocks.begin(1), clocks.tick(1)
+    (None, None, None, None)
+    >>> clocks.rounds, clocks.slowest, clocks.begun, clocks.last
+    ({0: 0, 1: 1}, 0, {0: 0, 1: 1}, 0)
     """
 
     def __init__(self) -> None:
-        self.rounds: dict[int, int] = {}
-        self._at: dict[int, int] = {}  # round -> how many live replicas are at it
-        self.slowest = 0
+        self._rounds, self._begun = _Counts(), _Counts()
+        self.rounds, self.begun = self._rounds.of, self._begun.of
+        self._closed = 0  # rounds that a push was sent in: it is too late to join them
+
+    @property
+    def slowest(self) -> int:
+        """The least of `rounds`; it stays where nobody is left."""
+        return self._rounds.least
+
+    @property
+    def last(self) -> int:
+        """The least of `begun`."""
+        return self._begun.least
 
     def enter(self, replica: int) -> None:
-        """A replica joins, or comes back, at the slowest one's round."""
-        self.rounds[replica] = self.slowest
-        self._at[self.slowest] = self._at.get(self.slowest, 0) + 1
+        """A replica joins, or comes back, at the slowest's round if it is open yet."""
+        round_ = max(self.slowest, self._closed)
+        self._rounds.put(replica, round_)
+        self._begun.put(replica, round_)
+
+    def begin(self, replica: int) -> None:
+        """A replica has the parameters for its next minibatch."""
+        self._begun.put(replica, self.rounds[replica] + 1)
+
+    def push(self, replica: int) -> None:
+        """A replica sends its push: whoever joins from now on is in a later round."""
+        self._closed = max(self._closed, self.begun[replica])
 
     def tick(self, replica: int) -> None:
         """A replica has finished a minibatch."""
-        before = self.rounds[replica]
-        self.rounds[replica] = after = before + 1
-        self._at[after] = self._at.get(after, 0) + 1
-        self._drop(before)
+        self._rounds.put(replica, self.rounds[replica] + 1)
 
     def leave(self, replica: int) -> None:
         """A replica is gone: nobody waits for it any more."""
-        self._drop(self.rounds.pop(replica))
-
-    def _drop(self, round_: int) -> None:
-        left = self._at[round_] - 1
-        if left:
-            self._at[round_] = left
-            return
-        del self._at[round_]
-        if round_ == self.slowest and self._at:
-            self.slowest = min(self._at)
+        self._rounds.remove(replica)
+        self._begun.remove(replica)
 
 
 class Protocol(NamedTuple):
-    """A protocol by name and its two questions.
+    """A protocol by name and its questions.
 
     Attributes:
       name: what the Trace's header says.
@@ -64,7 +105,10 @@ class Protocol(NamedTuple):
         not taken counts a version, leaves the parameters, and is counted as dropped.
       free_running: whether both always say yes, so that nobody ever waits.
       by_slowest: whether `may_begin` looks at the replica's own round and the slowest
-        one's only; nobody who waits is then asked again before the slowest one moves.
+        one's only, and `may_push` at its own begun minibatches and the last one's;
+        nobody who waits is then asked again before that one moves.
+      may_push: `(clocks, replica) -> bool`, asked before each push and again whenever
+        a replica begins a minibatch; None: always.
     """
 
     name: str
@@ -72,6 +116,7 @@ class Protocol(NamedTuple):
     takes: Callable[[Clocks, int, int], bool]
     free_running: bool = False
     by_slowest: bool = False
+    may_push: Callable[[Clocks, int], bool] | None = None
 
 
 def asynchronous() -> Protocol:
@@ -94,8 +139,10 @@ def asynchronous() -> Protocol:
 def synchronous() -> Protocol:
     """A barrier: a round begins when every live replica has finished the last one.
 
-    With plain SGD and `n_push = 1` a round is then one step on the summed gradient, to
-    rounding.
+    Nobody pushes before everybody has the parameters for the round, so all of them
+    have the same. With plain SGD and `n_push = 1` a round is then one step on the
+    summed gradient, to rounding. Whoever joins after a round's first push waits for
+    the next one.
 
     Returns:
       The protocol.
@@ -108,4 +155,5 @@ def synchronous() -> Protocol:
         may_begin=lambda clocks, replica: clocks.rounds[replica] <= clocks.slowest,
         takes=lambda clocks, replica, staleness: True,
         by_slowest=True,
+        may_push=lambda clocks, replica: clocks.begun[replica] <= clocks.last,
     )

@@ -2,7 +2,8 @@
 
 The desk joins the counter, the warm start and the protocol. A runtime asks it; it knows
 no thread or clock. `WAIT` means: ask again when `done`, `enter` or `leave` was called;
-for many who wait, `ready` says whom that would help.
+for many who wait, `ready` says whom that would help. Where pushes are `gated`, a
+runtime also says who has `begun`, and asks `may_push` before each push.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,6 +31,7 @@ class Tickets:
       next: the next new step.
       finished: minibatches finished by all replicas, lost ones included.
       warm: whether the warm start is over.
+      gated: whether the protocol makes pushes wait.
 
     >>> from dbjax.downpour.protocol import asynchronous
     >>> desk = Tickets(steps=2, protocol=asynchronous())
@@ -52,10 +54,13 @@ class Tickets:
         self._again = list(again)
         self.warm = self.finished >= min(warmstart_steps, steps)
         self._held: list[int] = []  # joined, but kept off the clocks until then
-        self._asked_at = -1  # the slowest replica's round when waiters were last asked
+        self.gated = protocol.may_push is not None
+        # The slowest's round, and what the last one has begun, when waiters were asked.
+        self._asked_at = self._pushed_at = -1
 
     def enter(self, replica: int) -> None:
         """A replica joins, or comes back."""
+        self._pushed_at = -1  # it may be the last one now
         # The lone replica of a warm start would otherwise be ahead of the others.
         if self.warm or replica == 0:
             self.clocks.enter(replica)
@@ -90,6 +95,36 @@ class Tickets:
                 return []
             self._asked_at = clocks.slowest
         return [replica for replica in waiting if may_begin(clocks, replica)]
+
+    def begun(self, replica: int) -> None:
+        """A replica has the parameters for its minibatch, or will have no more."""
+        if replica in self.clocks.rounds:
+            self.clocks.begin(replica)
+
+    def may_push(self, replica: int) -> bool:
+        """Whether it may push now; if not, ask again when `begun` or `leave` was."""
+        may_push = self.protocol.may_push
+        if may_push is not None:
+            if not may_push(self.clocks, replica):
+                return False
+            self.clocks.push(replica)
+        return True
+
+    def ready_to_push(self, waiting: Iterable[int]) -> list[int]:
+        """Name those that wait for `may_push` and would not be told to wait again."""
+        may_push, clocks = self.protocol.may_push, self.clocks
+        if may_push is None:
+            return []
+        if self.protocol.by_slowest:
+            if clocks.last == self._pushed_at:
+                return []
+            self._pushed_at = clocks.last
+        return [replica for replica in waiting if may_push(clocks, replica)]
+
+    def is_awaited(self, replica: int) -> bool:
+        """Whether others have begun a round, and may wait for it to begin that, too."""
+        begun = self.clocks.begun
+        return self.gated and replica in begun and begun[replica] < max(begun.values())
 
     def done(self, replica: int) -> None:
         """A replica has finished a minibatch, and its push if one was due."""

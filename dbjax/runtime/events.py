@@ -18,9 +18,10 @@ from dbjax.runtime.network import Message, Network, Push, ahead
 from dbjax.runtime.rows import Rows
 from dbjax.trace import FAIL, JOIN, LEAVE, RESTART
 
-# What happens at a replica's turn: it joins, its minibatch ends, it goes on with what
-# it asked for, it fails, it comes back.
-_JOIN, _END, _GO, _FAIL, _RESTART = range(5)
+# What happens at a replica's turn: it joins, it has the parameters for its minibatch
+# (where pushes wait for that), its minibatch ends, it goes on with what it asked for,
+# it fails, it comes back.
+_JOIN, _BEGIN, _END, _GO, _FAIL, _RESTART = range(6)
 # What follows when all shards have answered a message.
 _NOTHING, _COMPUTE, _FINISH, _BACK, _LEAVE = range(5)
 # Arrivals stand before turns of the same time: their order is below every replica.
@@ -51,6 +52,7 @@ class Events:
         self._periods, self._asks = program.periods, program.requests
         self._wait, self._desk = program.wait, program.tickets
         self._free = self._desk.protocol.free_running
+        self._gated = self._desk.gated
         self._overlap = self._periods.overlap
         self._cluster, self._seed, self._shard_bytes = cluster, seed, shard_bytes
         self._rows = Rows()
@@ -64,11 +66,13 @@ class Events:
         draw = functools.partial(cluster.compute_times, seed)
         self._times = ahead(draw, replicas)
         self._turn = 0
-        self._waiting: dict[int, None] = {}
+        self._waiting: dict[int, None] = {}  # for a ticket
+        self._holding: dict[int, None] = {}  # with a push in hand
         # Of each replica:
         self._state = [program.state] * replicas
         self._finished = [False] * replicas  # a minibatch that the desk knows not of
         self._began = [0.0] * replicas
+        self._begins = [math.inf] * replicas  # when the desk hears that it has begun
         self._newest = [-1] * replicas
         self._pushes = [0] * replicas
         self._versions = [[0] * program.shards] * replicas
@@ -94,6 +98,7 @@ class Events:
         heap, pop, end = self._heap, heapq.heappop, self._end
         others = {
             _JOIN: self._join,
+            _BEGIN: self._begin_round,
             _GO: self._go,
             _FAIL: self._fail,
             _RESTART: self._restart,
@@ -114,10 +119,11 @@ class Events:
                 end(replica, now)
             else:
                 others[what](replica, now)
-        if self._waiting:
+        waiting = sorted([*self._waiting, *self._holding])
+        if waiting:
             raise RuntimeError(
                 f"protocol {self._desk.protocol.name!r} lets replicas "
-                f"{sorted(self._waiting)} wait for ever: nobody is left who could "
+                f"{waiting} wait for ever: nobody is left who could "
                 "finish a minibatch."
             )
         return self._rows.columns(self._shard_bytes)
@@ -145,6 +151,12 @@ class Events:
         self._state[replica] = self._begin(self._state[replica])
         self._go(replica, now)
 
+    def _begin_round(self, replica: int, now: float) -> None:
+        if self._begins[replica] == now:  # or it has failed before
+            self._begins[replica] = math.inf
+            self._desk.begun(replica)
+            self._release(now)
+
     def _end(self, replica: int, now: float) -> None:
         state = self._state[replica]
         self._rows.compute.append(
@@ -162,7 +174,7 @@ class Events:
     def _fail(self, replica: int, now: float) -> None:
         state = self._state[replica]
         self._note(FAIL, replica, now, state.step, state.accrued)
-        self._exchange[replica] = None
+        self._exchange[replica], self._begins[replica] = None, math.inf
         # The lost minibatch is not computed again.
         self._state[replica] = state._replace(batch=state.batch + 1)
         self._desk.lost(replica)
@@ -185,6 +197,9 @@ class Events:
             asked = state.asked
             if asked == asks.ticket:
                 if self._finished[replica]:
+                    if self._gated and self._exchange[replica] is not None:
+                        self._await_exchange(replica)  # it belongs to this round
+                        break
                     self._report(replica, now)
                     if not self._free:  # others at this time may come first
                         heapq.heappush(self._heap, (now, replica, _GO))
@@ -193,6 +208,9 @@ class Events:
                 if ticket == self._wait:
                     self._waiting[replica] = None
                     break
+                if ticket is None and self._gated:  # the others' round goes on without
+                    self._desk.begun(replica)
+                    self._release(now)
                 state = advance(state, periods, ticket)
             elif asked == asks.fetch:
                 if self._overlap and not state.fresh:
@@ -223,6 +241,9 @@ class Events:
             elif asked == asks.push:
                 if self._exchange[replica] is not None:
                     self._await_exchange(replica)
+                    break
+                if self._gated and not self._desk.may_push(replica):
+                    self._holding[replica] = None
                     break
                 push = self._pack(replica, state.accrued)
                 state = advance(state, periods)
@@ -259,6 +280,9 @@ class Events:
         for replica in self._desk.ready(self._waiting):
             del self._waiting[replica]
             heapq.heappush(self._heap, (now, replica, _GO))
+        for replica in self._desk.ready_to_push(self._holding):
+            del self._holding[replica]
+            heapq.heappush(self._heap, (now, replica, _GO))
 
     def _pack(self, replica: int, count: int) -> Push:
         number = self._pushes[replica]
@@ -268,11 +292,18 @@ class Events:
     def _compute(self, replica: int, now: float, state: Any) -> None:
         """Begin a minibatch; it ends, or the replica fails before."""
         self._state[replica], self._began[replica] = state, now
+        if self._gated and self._exchange[replica] is None:
+            self._begins_at(replica, now)
         end, fails_at = now + next(self._times[replica]), self._fails_at[replica]
         event = (end, replica, _END)
         if fails_at < end:
             event = (max(fails_at, now), replica, _FAIL)
         heapq.heappush(self._heap, event)
+
+    def _begins_at(self, replica: int, time: float) -> None:
+        """Let the desk hear then that it has the parameters for its minibatch."""
+        self._begins[replica] = time
+        heapq.heappush(self._heap, (time, replica, _BEGIN))
 
     # Messages.
 
@@ -305,8 +336,11 @@ class Events:
         elif then == _LEAVE:
             row = message.over, message.turn, message.over, replica, LEAVE, -1, 0
             self._rows.other.append(row)
-        elif self._awaits[replica] and self._exchange[replica] is message:
-            self._await_exchange(replica)
+        elif self._exchange[replica] is message:
+            if self._gated:  # and there is no push in it, only a fetch
+                self._begins_at(replica, message.over)
+            if self._awaits[replica]:
+                self._await_exchange(replica)
 
     def _fetched(self, message: Message, now: float, turn: int) -> None:
         """Install what was fetched."""

@@ -25,7 +25,6 @@ from dbjax.server.shard import Shard, ShardState
 from dbjax.trace import COMPUTE, FAIL, FETCH, JOIN, LEAVE, PUSH
 from dbjax.typing import Params
 
-
 LOOK_UP = 1.0
 """Seconds until a Ctrl-C is heard that came at the one moment when nobody listens."""
 
@@ -221,10 +220,17 @@ class Crew:
     def ticket(self, replica: int, flush: Callable[[], None]) -> int | None:
         """Wait for a ticket; `flush` comes first where the crew is to fall quiet."""
         tickets = self.program.tickets
+
+        def goes_on() -> bool:
+            # A round that others have begun is finished first: they wait for this one.
+            return not self.paused or tickets.is_awaited(replica)
+
         while True:
             with self.change:
-                while not self.paused:
+                while goes_on():
                     step = None if self.stopped else tickets.ask(replica)
+                    if step is None:
+                        self._has_begun(replica)  # there is nothing it has to fetch
                     if step is None or step >= 0:
                         return step
                     self.change.wait()
@@ -232,8 +238,26 @@ class Crew:
             with self.change:
                 self.still += 1
                 self.change.notify_all()
-                self.change.wait_for(lambda: not self.paused)
+                self.change.wait_for(goes_on)
                 self.still -= 1
+
+    def _has_begun(self, replica: int) -> None:
+        if self.program.tickets.gated:
+            self.program.tickets.begun(replica)
+            self.change.notify_all()
+
+    def begun(self, replica: int) -> None:
+        """A replica has the parameters for its minibatch."""
+        if self.program.tickets.gated:
+            with self.change:
+                self._has_begun(replica)
+
+    def wait_to_push(self, replica: int) -> None:
+        """Wait until the protocol lets it push."""
+        tickets = self.program.tickets
+        if tickets.gated:
+            with self.change:
+                self.change.wait_for(lambda: tickets.may_push(replica))
 
     def done(self, replica: int) -> None:
         """A minibatch is finished: tell the desk, and the driver where it asked."""
@@ -333,6 +357,7 @@ class _Life:
 
         def fetch() -> None:
             self.landed = step, start, self._ask()
+            self.crew.begun(self.replica)
 
         self._install()
         self.away.append(self.courier.submit(fetch))
@@ -368,8 +393,10 @@ class _Life:
             self._land(*landed)
 
     def _compute(self) -> None:
-        if self.away:
+        if self.away:  # a fetch: it says itself when it is back
             self._install()
+        else:
+            self.crew.begun(self.replica)
         state, start = self.state, self.crew.recorder.now()
         self.hands.compute(state.batch, state.step)
         self.crew.batches[self.replica] = state.batch + 1
@@ -380,6 +407,7 @@ class _Life:
     def _push(self) -> None:
         crew, replica, step = self.crew, self.replica, self.newest
         self._wait()
+        crew.wait_to_push(replica)
         id_, count = crew.ids[replica], self.hands.count()
         crew.ids[replica] += 1
         messages = self.hands.push(id_, step)

@@ -84,6 +84,52 @@ def test_a_run_is_the_exact_replay_of_its_trace(kind, shards, seed):
     problems.assert_replays(run, **keywords)
 
 
+BARRIERS = {
+    "plain": {},
+    "warm start": {"warmstart_steps": 5},
+    "accrual": {"n_push": 3, "n_fetch": 2},
+    "overlap": {"overlap": True},
+    "overlap, accrual": {"overlap": True, "n_push": 2},
+}
+
+
+@pytest.mark.parametrize("kind", BARRIERS)
+@pytest.mark.parametrize("every", [1, 3, 7])
+def test_a_barrier_is_finished_before_all_fall_quiet(tmp_path, kind, every):
+    """A replica that holds back its push waits for others to begin their round."""
+    keywords = {"replicas": 4, "shards": 3, "steps": 42} | BARRIERS[kind]
+    run = train(
+        dbjax.Threads(digest_every=1, jitter=1e-3, seed=every),
+        protocol=dbjax.synchronous(),
+        checkpoint_dir=tmp_path,
+        checkpoint_every=every,
+        **keywords,
+    )
+    pushes = run.trace.take(run.trace.kind == PUSH)
+    assert pushes.count.sum() == 3 * 42
+    problems.assert_replays(run)
+    if "n_push" not in keywords:
+        alone, steps = keywords.get("warmstart_steps", 0), pushes.version - 1
+        want = np.where(steps < alone, steps, (steps - alone) // 4 * 4 + alone)
+        late = want - pushes.base
+        # With overlap what was fetched may come too late for its own round.
+        assert set(late) <= ({0, 4} if "overlap" in keywords else {0})
+
+
+def test_nobody_waits_to_push_for_a_replica_that_failed():
+    def before(replica, step):
+        if (replica, step) == (1, 4):
+            raise OSError("the disk is gone")
+
+    with pytest.raises(ReplicaError, match="replica 1 failed at .* disk is gone"):
+        train(
+            dbjax.Threads(jitter=3e-3),
+            problems.Wrapped(before),
+            steps=60,
+            protocol=dbjax.synchronous(),
+        )
+
+
 def test_the_replay_of_another_order_is_not_the_same():
     """So the test above can fail; and the first push that differs is named."""
     keywords = {"protocol": dbjax.synchronous()}
