@@ -389,9 +389,11 @@ def test_each_function_is_compiled_once_per_run_and_shape(runtime, kind, compila
         assert len(traced) == 2  # when it is checked, and as a gradient
         assert compilations["jit(gradient)"] == 1
         assert 1 <= compilations["jit(apply_gradients)"] <= len(shapes)
-        # The second run finds small functions of the first one in JAX's own cache.
-        assert before is None or compilations <= before
-        before = compilations.copy()
+        # Small eager functions may be in JAX's cache already, or not.
+        names = "split", "merge", "gradient", "on_one", "on_shards", "loss"
+        counts = [compilations[f"jit({name})"] for name in names]
+        assert before is None or counts == before
+        before = counts
 
 
 def test_shards_of_one_shape_share_what_is_compiled(compilations):
@@ -406,5 +408,8 @@ def test_shards_of_one_shape_share_what_is_compiled(compilations):
         compilations.clear()
         train(dbjax.Emulated(), loss_fn=loss, params=params, shards=shards)
         assert compilations["jit(apply_gradients)"] == 1
-        assert before is None or compilations <= before
-        before = compilations.copy()
+        # Small eager functions may be in JAX's cache already, or not.
+        names = "split", "merge", "gradient", "on_one", "on_shards", "loss"
+        counts = [compilations[f"jit({name})"] for name in names]
+        assert before is None or counts == before
+        before = counts

@@ -20,8 +20,10 @@ from dbjax.trace import COMPUTE, NOT_FINITE, PUSH, TAKEN, Trace
 from dbjax.typing import Data, EvalFn, LossFn, Params
 
 LOOP_BYTES = 8 << 20
-"""Parameters up to this size run in one XLA loop; above it a row is a program of its
-own, whose versions need not be copied in and out of a ring."""
+"""Parameters up to this size may run in one XLA loop; above it a row is a program of
+its own, whose versions need not be copied in and out of a ring."""
+RING_BYTES = 512 << 10
+"""Where all shards are as one, the ring costs more than the programs from here on."""
 
 
 def replay(
@@ -118,11 +120,12 @@ def make_machine(
             f"the Trace is replayed exactly, not compiled: {reason}", stacklevel=3
         )
         return Exact(plan, problem, digest_every), "exact"
+    in_step = is_in_step(plan, problem)
+    if plan.direct and (in_step or plan.shards == 1):
+        small = sum(problem.layout.nbytes) <= min(RING_BYTES, LOOP_BYTES)
     recycled = not small or problem.version_dtype is not None
     make, name = (Recycled, "recycled") if recycled else (Loop, "loop")
-    if is_in_step(plan, problem):
-        return InStep(plan, problem, make), name
-    return make(plan, problem), name
+    return (InStep(plan, problem, make) if in_step else make(plan, problem)), name
 
 
 def walk(
