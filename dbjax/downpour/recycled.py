@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dbjax.downpour.gradient import all_finite
+from dbjax.downpour.lasting import is_sound, not_finite_lasts
 from dbjax.downpour.plan import Plan
 from dbjax.downpour.problem import Problem, copy
 from dbjax.server.shard import apply_gradients
@@ -25,6 +26,10 @@ class Recycled:
 
     def __init__(self, plan: Plan, problem: Problem) -> None:
         self.plan, self.problem = plan, problem
+        self._lasts = not_finite_lasts(
+            problem.optimizer, problem.params, problem.provide
+        )
+        self._is_sound = jax.jit(is_sound)
         # Iterators cannot be read once more.
         self._begin(guarded=hasattr(problem.data, "start"))
 
@@ -40,7 +45,10 @@ class Recycled:
         self.pool: list[list[Params]] = [[None] * plan.slots for _ in parts]
         for s, part in enumerate(self.current):
             self.pool[s][plan.start[s]] = problem.publish(part)
-        self._step = _make_step(problem, guarded or not plan.taken.all())
+        masked = guarded or not bool(plan.taken.all())
+        # What was not finite is seen in each gradient, or later in what it left behind.
+        self._late = self._lasts and not masked
+        self._step = _make_step(problem, masked, looks=not self._late)
 
     def run(self, stop: int) -> None:
         """Execute rows up to `stop`."""
@@ -80,7 +88,8 @@ class Recycled:
     def _look(self) -> None:
         bad = [row for row, finite in self._finite if not bool(finite)]
         self._finite = []
-        if bad and not self.guarded:
+        spoilt = self._late and not bool(self._is_sound(self.current, self.states))
+        if (bad or spoilt) and not self.guarded:
             stop = self.row
             self._begin(guarded=True)
             self.run(stop)
@@ -101,7 +110,7 @@ class Recycled:
 Parts: TypeAlias = tuple[Params, ...]
 
 
-def _make_step(problem: Problem, masked: bool) -> Any:
+def _make_step(problem: Problem, masked: bool, looks: bool) -> Any:
     layout, narrow = problem.layout, problem.version_dtype
 
     def step(spare: Parts, states: tuple[Any, ...], current: Parts, args: Any) -> Any:
@@ -110,7 +119,7 @@ def _make_step(problem: Problem, masked: bool) -> Any:
         if narrow is not None:
             whole = _like(whole, layout.merge(current))
         gradients = problem.gradient_fn(whole, batch, replica, index)
-        finite = all_finite(gradients)
+        finite = all_finite(gradients) if looks else jnp.bool_(True)
         parts = layout.split(gradients)
         new, news = [], []
         for s, part in enumerate(parts):
