@@ -15,14 +15,15 @@ import numpy as np
 
 from dbjax.downpour.plan import Plan
 from dbjax.downpour.problem import Problem, copy, digest
+from dbjax.downpour.run import peak_copies
 from dbjax.runtime.base import MOST_REJECTED, RejectedTooOften
 from dbjax.server.messages import Push
 from dbjax.server.shard import ShardState
 from dbjax.typing import Params
 
 AHEAD = 2
-"""Gradients computed ahead, where they are small: memory for two more copies is spent
-on keeping all cores busy."""
+"""Gradients computed ahead, where they are small, which keeps all cores busy; as far as
+no more copies are held than R + 4 for R replicas, or 2 R + 4 where gradients accrue."""
 AHEAD_BYTES = 16 << 20
 
 
@@ -69,6 +70,7 @@ class Exact:
       digests: `(trace row, digest)` of versions made, where asked for.
       not_finite: the Trace's rows of pushes that were rejected as not finite.
       torn: whether a row is half executed, so that `leaves` would make no sense.
+      ahead: how many gradients it may compute ahead.
       interrupted: set it to have KeyboardInterrupt raised when the row is whole.
     """
 
@@ -95,7 +97,9 @@ class Exact:
         self._rows = list(map(_Row, *columns))
         small = sum(problem.layout.nbytes) <= AHEAD_BYTES
         alone = len(self.shards) == 1 and problem.local_optimizer is None
-        self._ahead = AHEAD if small and alone else 0
+        replicas = int(plan.trace.header["replicas"])
+        room = (1 if plan.direct else 2) * replicas + 4 - peak_copies(plan)
+        self.ahead = max(0, min(AHEAD, room)) if small and alone else 0
         self._under_way: collections.deque[_Gradient] = collections.deque()
 
     def params(self) -> Params:
@@ -136,7 +140,7 @@ class Exact:
         next ones keep the other cores busy.
         """
         at = self._under_way[-1].row + 1 if self._under_way else self.row
-        while self._ahead and len(self._under_way) <= self._ahead and at < stop:
+        while self.ahead and len(self._under_way) <= self.ahead and at < stop:
             row = self._rows[at]
             if row.compute:
                 between = self._rows[self.row : at]

@@ -209,7 +209,12 @@ def finish(
         machine.params(),
         tuple(shard[1] for shard in machine.shards),
         trace,
-        make_info(trace, executor, peak_copies(plan), resumed_at),
+        make_info(
+            trace,
+            executor,
+            peak_copies(plan) + getattr(machine, "ahead", 0),
+            resumed_at,
+        ),
     )
 
 

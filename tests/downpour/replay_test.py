@@ -15,7 +15,9 @@ import optax
 import pytest
 
 import dbjax
+from dbjax.downpour.plan import make_plan
 from dbjax.downpour.protocol import Protocol
+from dbjax.downpour.run import peak_copies
 from dbjax.runtime.base import RejectedTooOften
 from dbjax.trace import COMPUTE, DROPPED, NOT_FINITE, PUSH, TAKEN, Trace
 from tests import problems, textbook
@@ -672,3 +674,12 @@ def test_each_function_compiles_once(executor, shards, caplog, monkeypatch):
     # The second run finds some small functions of the first one in the cache.
     assert numbers[1] <= numbers[0]
     assert traced[0] == traced[1] <= 3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_looking_ahead_takes_no_more_memory_than_is_allowed(case):
+    """R + 4 copies, 2 R + 4 where gradients accrue, or what the plan needs anyway."""
+    trace = simulated(case)
+    plan = make_plan(trace)
+    most = (1 if plan.direct else 2) * int(trace.header["replicas"]) + 4
+    assert replay(trace).info.peak_copies <= max(most, peak_copies(plan))
