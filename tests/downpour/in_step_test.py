@@ -67,7 +67,9 @@ def test_the_end_is_that_of_the_exact_replay(rule, shards):
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-6), a, b
         )
-    assert got.info._replace(executor="", peak_copies=0) == want.info._replace(executor="", peak_copies=0)
+    assert got.info._replace(executor="", peak_copies=0) == want.info._replace(
+        executor="", peak_copies=0
+    )
 
 
 def test_rejected_pushes_are_named_on_every_shard():

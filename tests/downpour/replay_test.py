@@ -101,7 +101,9 @@ def assert_runs_agree(got, want, **tolerance):
     assert_close(got.params, want.params, **tolerance)
     assert_close(got.optimizer_state, want.optimizer_state, **tolerance)
     assert got.trace.diff(dataclasses.replace(want.trace, evaluations=())) is None
-    assert got.info._replace(executor="", peak_copies=0) == want.info._replace(executor="", peak_copies=0)
+    assert got.info._replace(executor="", peak_copies=0) == want.info._replace(
+        executor="", peak_copies=0
+    )
 
 
 # Against the textbook.
