@@ -57,15 +57,16 @@ def cut_state(problem: Problem, state: Any) -> tuple[Any, ...]:
         paths, treedef = jax.tree_util.tree_flatten_with_path(template)
         boxes = {box.leaf: box for box in layout.boxes[s]}
         held = []
-        for path, like in paths:
+        for path, _ in paths:
             leaf = leaves[path]
             owners = [
                 i for i, name in enumerate(names)
                 if path[len(path) - len(name) :] == name
                 and leaf.shape == layout.shapes[i]
             ]  # fmt: skip
-            own = leaf.shape != like.shape and owners
-            held.append(boxes[owners[0]].of(leaf) if own else leaf)
+            # The longest: ['z']['b'] ends in ['b'], too.
+            owner = max(owners, key=lambda i: len(names[i]), default=None)
+            held.append(leaf if owner is None else boxes[owner].of(leaf))
         states.append(treedef.unflatten(held))
     return tuple(states)
 

@@ -117,3 +117,24 @@ def test_a_state_that_cannot_be_cut_up_stays_per_shard():
         lambda g, state, params=None: (jax.tree.map(lambda x: -0.05 * x, g), state),
     )
     assert not is_in_step(make_plan(simulated(2)), made(sizes, 2))
+
+
+def test_states_are_cut_by_the_whole_path():
+    """['z']['b'] ends in ['b'], which is another parameter of the same shape."""
+    params = {
+        "b": np.zeros((6, 2), np.float32),
+        "z": {"b": np.ones((6, 2), np.float32)},
+    }
+
+    def loss_fn(params, batch):
+        return jnp.sum(params["b"] * 3 + params["z"]["b"] ** 2) * jnp.mean(batch["x"])
+
+    trace, args = simulated(3), (loss_fn, params, problems.DATA)
+    runs = [
+        dbjax.replay(trace, *args, optimizer=dbjax.adagrad(0.1), exact=exact)
+        for exact in (True, False)
+    ]
+    for a, b in zip(
+        *(jax.tree.leaves(run.optimizer_state) for run in runs), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
