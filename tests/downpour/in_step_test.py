@@ -127,9 +127,13 @@ def test_states_are_cut_by_the_whole_path():
     }
 
     def loss_fn(params, batch):
-        return jnp.sum(params["b"] * 3 + params["z"]["b"] ** 2) * jnp.mean(batch["x"])
+        rows = np.arange(6)[:, None]  # each its own gradient
+        each = (3 * params["b"] + params["z"]["b"] ** 2) * rows
+        return jnp.sum(each) * jnp.mean(batch["x"])
 
     trace, args = simulated(3), (loss_fn, params, problems.DATA)
+    problem = make_problem(*args, optimizer=dbjax.adagrad(0.1), shards=3, replicas=4)
+    assert is_in_step(make_plan(trace), problem)
     runs = [
         dbjax.replay(trace, *args, optimizer=dbjax.adagrad(0.1), exact=exact)
         for exact in (True, False)
