@@ -42,11 +42,6 @@ def norm(a: Params) -> jax.Array:
     return jnp.sqrt(vdot(a, a))
 
 
-def sub(a: Params, b: Params) -> Params:
-    """Give `a - b`."""
-    return jax.tree.map(lambda x, y: x - y, a, b)
-
-
 def axpy(alpha: Any, x: Params, y: Params) -> Params:
     """Give `alpha x + y` in the dtypes of `y`, rounded once.
 

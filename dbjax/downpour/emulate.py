@@ -15,6 +15,7 @@ from dbjax.downpour.provenance import (
     check_same,
     describe_machine,
     describe_run,
+    restore_streams,
     stream_state,
 )
 from dbjax.downpour.replay import finish, walk
@@ -54,8 +55,7 @@ def run_emulated(problem: Problem, arguments: Arguments, runtime: Emulated) -> R
     if a.checkpoint_dir is not None and (saved := checkpoint.latest(a.checkpoint_dir)):
         check_same(saved.note, mine, a.checkpoint_dir)
         machine.restore(saved.leaves, saved.note["machine"])
-        if saved.note["streams"] is not None:
-            problem.data.set_state(saved.note["streams"])  # type: ignore[attr-defined]
+        restore_streams(problem, saved.note["streams"])
         evaluations, resumed_at = saved.note["evaluations"], saved.step
 
     saved_at = resumed_at
@@ -108,17 +108,7 @@ def run_emulated(problem: Problem, arguments: Arguments, runtime: Emulated) -> R
 def _fingerprint(trace: Trace) -> str:
     """A checksum of the order of events: a resumed run must have the same."""
     value = 0
-    names = (
-        "kind",
-        "replica",
-        "shard",
-        "step",
-        "batch",
-        "version",
-        "base",
-        "status",
-        "time",
-    )
-    for name in names:
+    names = "kind replica shard step batch version base status time"
+    for name in names.split():
         value = zlib.crc32(np.ascontiguousarray(getattr(trace, name)).tobytes(), value)
     return f"{len(trace)}-{np.count_nonzero(trace.kind == COMPUTE)}-{value:08x}"

@@ -15,6 +15,7 @@ from dbjax.downpour.provenance import (
     check_same,
     describe_machine,
     describe_run,
+    restore_streams,
     stream_state,
 )
 from dbjax.downpour.run import Run, make_info
@@ -225,8 +226,7 @@ class Live:
             version = int(note["versions"][s])
             self.states[s] = ShardState(params, optimizer_state, version)
         self.batches[:], self.ids[:] = note["batches"], note["ids"]
-        if note["streams"] is not None:
-            problem.data.set_state(note["streams"])  # type: ignore[attr-defined]
+        restore_streams(problem, note["streams"])
         self.evaluations = note["evaluations"]
         self.recorder = Recorder(float(note["time"]))
         self.recorder.digests = [tuple(one) for one in note["digests"]]

@@ -95,6 +95,12 @@ def stream_state(problem: Problem, counts: Sequence[int]) -> Any:
     return None if after is None else after(counts)
 
 
+def restore_streams(problem: Problem, state: Any) -> None:
+    """Take the data's own iterators back to what `stream_state` gave."""
+    if state is not None:
+        problem.data.set_state(state)  # type: ignore[attr-defined]
+
+
 def check_same(note: dict[str, Any], mine: dict[str, Any], directory: Any) -> None:
     """Raise unless a checkpoint is of the run that goes on.
 

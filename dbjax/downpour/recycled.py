@@ -80,9 +80,10 @@ class Recycled:
             fresh = new if narrow is None else published
             for pool, slot, version in zip(self.pool, write, fresh, strict=True):
                 pool[slot] = version
-            self._finite.append((row, finite))
+            if not self._late:
+                self._finite.append((row, finite))
             self.row += 1
-            if len(self._finite) == CHECK_EVERY or self.row == stop:
+            if self.row % CHECK_EVERY == 0 or self.row == stop:
                 self._look()
 
     def _look(self) -> None:
