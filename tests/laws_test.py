@@ -413,3 +413,33 @@ def test_shards_of_one_shape_share_what_is_compiled(compilations):
         counts = [compilations[f"jit({name})"] for name in names]
         assert before is None or counts == before
         before = counts
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 5, 11])
+@pytest.mark.parametrize("factor", [0.9, 1.1])
+def test_emulated_downpour_is_stable_as_far_as_theory_says(replicas, factor):
+    """Equal machines in turn: w[t+1] = w[t] - a w[t - tau], tau = replicas - 1.
+
+    That is stable for a < 2 sin(pi / (4 tau + 2)); the error shrinks or grows by the
+    largest root of z^(tau+1) = z^tau - a.
+    """
+    tau, steps, errors = replicas - 1, 60 * replicas, []
+    a = factor * 2 * np.sin(np.pi / (4 * tau + 2))
+    data = dbjax.from_arrays({"x": np.ones((4, 1), np.float32)}, 4)
+    run = dbjax.downpour.train(
+        lambda params, batch: 0.5 * params["w"] ** 2 * jnp.mean(batch["x"]),
+        *({"w": np.ones((), np.float32)}, data),
+        optimizer=optax.sgd(a),
+        replicas=replicas,
+        steps=2 * steps,
+        runtime=dbjax.Emulated(dbjax.Cluster(step_time=1.0)),
+        eval_fn=lambda params, *_: errors.append(abs(float(params["w"]))) or {},
+        eval_every=1,
+    )
+    assert set(run.trace.staleness()[replicas:, 0]) == {tau}
+    roots = np.roots([1, -1, *[0] * (tau - 1), a] if tau else [1, a - 1])
+    # The error swings: its largest in a window, and in one that is so much later.
+    size = np.array(errors)[-steps:].reshape(2, -1).max(axis=1)
+    rate = (size[1] / size[0]) ** (2 / steps)
+    assert (rate < 1) == (factor < 1)
+    np.testing.assert_allclose(rate, np.abs(roots).max(), rtol=5e-3)
