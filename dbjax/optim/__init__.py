@@ -14,3 +14,4 @@ from dbjax.optim.stale import StaleState as StaleState
 from dbjax.optim.stale import delay_gradients as delay_gradients
 from dbjax.optim.stale import stale as stale
 from dbjax.optim.stale import stale_params as stale_params
+from dbjax.optim.status import Status as Status

@@ -10,30 +10,17 @@ import optax
 from dbjax import trees
 from dbjax.optim.lbfgs import ScaleByLBFGSState, lbfgs
 from dbjax.optim.linesearch import ScaleByLineSearchState, words
+from dbjax.optim.status import (
+    CONVERGED,
+    INCONSISTENT,
+    LIMIT,
+    NOT_FINITE,
+    RUNNING,
+    SEARCH_FAILED,
+    SMALL_STEP,
+    status_of,
+)
 from dbjax.typing import Gradients, Params
-
-RUNNING = 0
-CONVERGED = 1
-"""No gradient entry exceeds the tolerance."""
-SMALL_STEP = 2
-"""The value has stopped falling: what is left is lost in rounding."""
-SEARCH_FAILED = 3
-"""No smaller value along the direction, nor along the gradient."""
-NOT_FINITE = 4
-"""The value or the gradient at the start, or after a step, is not finite."""
-LIMIT = 5
-"""The iterations are used up."""
-INCONSISTENT = 6
-"""As `SEARCH_FAILED`, and the gradient says otherwise: it is not that of the value."""
-
-MESSAGES = {
-    CONVERGED: "converged: no gradient entry exceeds gradient_tolerance",
-    SMALL_STEP: "the value has stopped falling",
-    SEARCH_FAILED: "line search failed: no smaller value along the gradient",
-    NOT_FINITE: "value or gradient not finite",
-    LIMIT: "max_iterations reached",
-    INCONSISTENT: "line search failed: the gradient is not that of the value",
-}
 
 PATIENCE = 20  # iterations without a new best value before the loop gives up
 
@@ -45,7 +32,7 @@ class MinimizeResult(NamedTuple):
         params: the best found, the last if converged; never worse than the start.
         value: the value there.
         gradient_norm: the largest gradient entry there, in absolute value.
-        status: int32, a constant of this module; `MESSAGES` has the words.
+        status: int32, a code of `dbjax.optim.status`; see `message`.
         iterations: int32, steps taken.
         evaluations: int32, of value and gradient together, the first included.
         state: the optimizer's last state, to go on from.
@@ -58,6 +45,11 @@ class MinimizeResult(NamedTuple):
     iterations: jax.Array
     evaluations: jax.Array
     state: Any
+
+    @property
+    def message(self) -> str:
+        """Why it ended, in words; for a single concrete result, not a batch."""
+        return status_of(self.status).message
 
 
 class _Loop(NamedTuple):
@@ -109,8 +101,8 @@ def minimize(
         >>> import jax.numpy as jnp
         >>> from dbjax.optim import minimize
         >>> result = minimize(lambda w: jnp.sum((w - 1.0) ** 4), jnp.zeros(3))
-        >>> int(result.status), result.params.round(1).tolist()
-        (1, [1.0, 1.0, 1.0])
+        >>> print(result.params.round(1), result.message)
+        [1. 1. 1.] converged: no gradient entry exceeds gradient_tolerance
     """
     for name, number in (
         ("max_iterations", max_iterations),
