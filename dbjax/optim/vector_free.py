@@ -19,7 +19,7 @@ Sources: Nocedal and Wright, Numerical Optimization (2006), algorithm 7.4; Byrd,
 and Schnabel (1994), theorem 2.2; Chen, Wang and Zhou (2014) for the vector-free form.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,10 @@ from jax.scipy.linalg import solve_triangular
 # Powell's damping (Nocedal and Wright, procedure 18.2) lifts the curvature to this
 # share of the model's, once it is below that share of it (or negative).
 LIFTED, TOO_SMALL = 0.2, 1e-6
+# Without a model, curvature counts as none below this.
+FLAT = 1e-8
+
+Scalar: TypeAlias = Any
 
 
 class Products(NamedTuple):
@@ -140,9 +144,8 @@ def absorb(products: Products, new: Round) -> tuple[Products, Pair]:
     Returns:
         What is known now, for `coefficients`, and what to do with the pair.
     """
-    held = jnp.arange(len(products.sg)) >= len(products.sg) - products.pairs
-    rows_sg = jnp.where(held, jnp.roll(new.rows_sg, -products.next), 0)
-    rows_yg = jnp.where(held, jnp.roll(new.rows_yg, -products.next), 0)
+    rows_sg = _by_age(products, new.rows_sg)
+    rows_yg = _by_age(products, new.rows_yg)
 
     before = new.sg - new.sy, new.yg - new.yy  # s and y with the gradient before
     has_before = products.slope > 0
@@ -156,31 +159,88 @@ def absorb(products: Products, new: Round) -> tuple[Products, Pair]:
         return jnp.where(damps, theta * y - tau * g_before, y)
 
     y_before = damp(before[1], products.gg)
-    sy, yg = damp(new.sy, before[0]), damp(new.yg, new.gg - new.yg)
-    yy = damp(damp(new.yy, before[1]), y_before)
-    sum_of_all = sum(jnp.sum(x) for x in (*new, theta, tau))
-    accepted = has_before & (sy > 0) & (yy > 0) & jnp.isfinite(sum_of_all)
-    accepted &= jnp.isfinite(sy / yy)
-
-    column = damp(rows_sg - products.sg, products.sg)
-    cross = damp(rows_yg - products.yg, products.yg)
-    with_pair = products._replace(
-        sy=_grow(products.sy, jnp.zeros_like(column), column, sy),
-        yy=_grow(products.yy, cross, cross, yy),
-        sg=jnp.append(rows_sg[1:], new.sg),
-        yg=jnp.append(rows_yg[1:], yg),
-        pairs=jnp.minimum(products.pairs + 1, len(held)),
-        next=(products.next + 1) % len(held),
+    damped = new._replace(
+        sy=damp(new.sy, before[0]),
+        yy=damp(damp(new.yy, before[1]), y_before),
+        yg=damp(new.yg, new.gg - new.yg),
     )
-    without = products._replace(sg=rows_sg, yg=rows_yg)
-    after = jax.tree.map(lambda a, b: jnp.where(accepted, a, b), with_pair, without)
+    sum_of_all = sum(jnp.sum(x) for x in (*new, theta, tau))
+    accepted = has_before & (damped.sy > 0) & (damped.yy > 0) & jnp.isfinite(sum_of_all)
+    accepted &= jnp.isfinite(damped.sy / damped.yy)
+    after = _insert(
+        products,
+        damped,
+        damp(rows_sg - products.sg, products.sg),
+        damp(rows_yg - products.yg, products.yg),
+        accepted,
+    )
     after = after._replace(
-        gg=new.gg,
-        slope=jnp.zeros_like(products.slope),
         skipped=products.skipped + (has_before & ~accepted),
         damped=products.damped + (accepted & damps),
     )
     return after, Pair(accepted, products.next, theta, tau)
+
+
+def absorb_apart(
+    products: Products, new: Round, rows_sy: jax.Array, rows_yy: jax.Array, ss: Scalar
+) -> tuple[Products, Pair]:
+    """Take the newest pair where `y` is not the difference of the gradients `g`.
+
+    So it is where batches change and `y` comes from what two of them share, and where
+    the steps are projected. Nothing can be derived from earlier products then, and no
+    model says what `s y` should be: a pair with `s y <= 1e-8 s s` is skipped (Berahas,
+    Nocedal and Takac, 2016, section 3.2).
+
+    Args:
+        products: what was known.
+        new: the round's products.
+        rows_sy: `[m]`, the rows of `S`, in the order they are stored, with `y`.
+        rows_yy: `[m]`, those of `Y`.
+        ss: `s s`.
+
+    Returns:
+        What is known now, for `coefficients`, and what to do with the pair.
+    """
+    sum_of_all = sum(jnp.sum(x) for x in (*new, rows_sy, rows_yy, ss))
+    accepted = (new.sy > FLAT * ss) & (ss > 0) & jnp.isfinite(sum_of_all)
+    accepted &= jnp.isfinite(new.sy / new.yy)
+    after = _insert(
+        products, new, _by_age(products, rows_sy), _by_age(products, rows_yy), accepted
+    )
+    after = after._replace(skipped=products.skipped + ((ss > 0) & ~accepted))
+    one, zero = jnp.ones_like(new.sy), jnp.zeros_like(new.sy)
+    return after, Pair(accepted, products.next, one, zero)
+
+
+def _by_age(products: Products, stored: jax.Array) -> jax.Array:
+    """Order what was stored by row, the oldest first; 0 where there is no pair."""
+    m = len(products.sg)
+    held = jnp.arange(m) >= m - products.pairs
+    return jnp.where(held, jnp.roll(stored, -products.next), 0)
+
+
+def _insert(
+    products: Products,
+    new: Round,
+    rows_sy: jax.Array,
+    rows_yy: jax.Array,
+    accepted: jax.Array,
+) -> Products:
+    """Put the newest pair and gradient into the products; the rows are by age."""
+    rows_sg = _by_age(products, new.rows_sg)
+    rows_yg = _by_age(products, new.rows_yg)
+    m = len(rows_sg)
+    with_pair = products._replace(
+        sy=_grow(products.sy, jnp.zeros_like(rows_sy), rows_sy, new.sy),
+        yy=_grow(products.yy, rows_yy, rows_yy, new.yy),
+        sg=jnp.append(rows_sg[1:], new.sg),
+        yg=jnp.append(rows_yg[1:], new.yg),
+        pairs=jnp.minimum(products.pairs + 1, m),
+        next=(products.next + 1) % m,
+    )
+    without = products._replace(sg=rows_sg, yg=rows_yg)
+    after = jax.tree.map(lambda a, b: jnp.where(accepted, a, b), with_pair, without)
+    return after._replace(gg=new.gg, slope=jnp.zeros_like(products.slope))
 
 
 def coefficients(
