@@ -1,6 +1,7 @@
 """dbjax: DistBelief (Dean et al., 2012) for JAX, with runs you can replay."""
 
 from dbjax import downpour as downpour
+from dbjax import sandblaster as sandblaster
 from dbjax.cluster import Cluster as Cluster
 from dbjax.cluster import Constant as Constant
 from dbjax.cluster import Empirical as Empirical
@@ -18,6 +19,8 @@ from dbjax.downpour.protocol import synchronous as synchronous
 from dbjax.downpour.replay import replay as replay
 from dbjax.downpour.simulate import simulate as simulate
 from dbjax.downpour.sweep import sweep as sweep
+from dbjax.mesh import make_mesh as make_mesh
+from dbjax.mesh import shard_params as shard_params
 from dbjax.optim import adagrad as adagrad
 from dbjax.optim import delay_gradients as delay_gradients
 from dbjax.optim import lbfgs as lbfgs
@@ -26,18 +29,34 @@ from dbjax.optim import stale as stale
 from dbjax.optim import stale_params as stale_params
 from dbjax.runtime.emulated import Emulated as Emulated
 from dbjax.runtime.threads import Threads as Threads
+from dbjax.sandblaster import LBFGS as LBFGS
+from dbjax.sandblaster import OWLQN as OWLQN
+from dbjax.sandblaster import BoxLBFGS as BoxLBFGS
+from dbjax.sandblaster import ConjugateGradient as ConjugateGradient
+from dbjax.sandblaster import FullBatch as FullBatch
+from dbjax.sandblaster import GradientDescent as GradientDescent
+from dbjax.sandblaster import MultiBatch as MultiBatch
+from dbjax.sandblaster import ProgressiveBatch as ProgressiveBatch
 from dbjax.trace import Trace as Trace
 
 __all__ = [
+    "BoxLBFGS",
     "Cluster",
+    "ConjugateGradient",
     "Constant",
     "Empirical",
     "Emulated",
     "Exponential",
     "Failures",
+    "FullBatch",
     "Gamma",
+    "GradientDescent",
+    "LBFGS",
     "LogNormal",
+    "MultiBatch",
+    "OWLQN",
     "Pareto",
+    "ProgressiveBatch",
     "Slow",
     "Slowness",
     "Threads",
@@ -49,8 +68,11 @@ __all__ = [
     "from_arrays",
     "from_iterators",
     "lbfgs",
+    "make_mesh",
     "replay",
+    "sandblaster",
     "scale_by_lbfgs",
+    "shard_params",
     "simulate",
     "stale",
     "stale_params",

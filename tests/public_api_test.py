@@ -14,6 +14,7 @@ import dbjax
 PUBLIC = {
     # training, and what happened in it
     "downpour",
+    "sandblaster",
     "from_arrays",
     "from_iterators",
     "replay",
@@ -25,6 +26,18 @@ PUBLIC = {
     "synchronous",
     "Emulated",
     "Threads",
+    # batch methods, and the batches they see
+    "LBFGS",
+    "GradientDescent",
+    "ConjugateGradient",
+    "OWLQN",
+    "BoxLBFGS",
+    "FullBatch",
+    "MultiBatch",
+    "ProgressiveBatch",
+    # devices
+    "make_mesh",
+    "shard_params",
     # a cluster, and the distributions it is made of
     "Cluster",
     "Constant",
@@ -59,10 +72,10 @@ def test_nothing_else_is_in_sight():
         assert module.__name__ == f"dbjax.{name}"
 
 
-def test_downpour_is_the_only_room_with_a_public_door():
-    rooms = [name for name in PUBLIC if inspect.ismodule(getattr(dbjax, name))]
-    assert rooms == ["downpour"]
-    assert callable(dbjax.downpour.train)
+def test_only_the_two_algorithms_are_rooms_with_a_public_door():
+    rooms = {name for name in PUBLIC if inspect.ismodule(getattr(dbjax, name))}
+    assert rooms == {"downpour", "sandblaster"}
+    assert callable(dbjax.downpour.train) and callable(dbjax.sandblaster.minimize)
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))

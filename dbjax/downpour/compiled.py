@@ -15,9 +15,9 @@ import numpy as np
 from jax import lax
 
 from dbjax.data import stack
-from dbjax.downpour.gradient import all_finite, shapes_of
 from dbjax.downpour.plan import Plan
 from dbjax.downpour.problem import Problem, copy
+from dbjax.loss import all_finite, shapes_of
 from dbjax.server.shard import apply_gradients
 from dbjax.typing import Params
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dbjax.downpour.gradient import all_finite
+from dbjax.loss import all_finite
 from dbjax.server.shard import apply_gradients
 from dbjax.typing import Params
 

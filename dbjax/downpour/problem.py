@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dbjax.downpour.gradient import (
+from dbjax.loss import (
     GradientFn,
     all_finite,
     check_loss,

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dbjax.downpour.gradient import all_finite
 from dbjax.downpour.lasting import is_sound, not_finite_lasts
 from dbjax.downpour.plan import Plan
 from dbjax.downpour.problem import Problem, copy
+from dbjax.loss import all_finite
 from dbjax.server.shard import apply_gradients
 from dbjax.typing import Params
 

@@ -8,7 +8,7 @@ the heap's.
 import functools
 import heapq
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,10 @@ class Emulation:
       cluster: how long everything takes.
       seed: seed of its draws.
       shard_bytes: size of the parameters on each shard.
+
+    Attributes:
+      now: the coordinator's time.
+      landed: `(push, shard)` as the evaluation's pushes were added, in their order.
     """
 
     def __init__(
@@ -66,6 +70,9 @@ class Emulation:
         self._heap: list[Any] = []
         self._order = itertools.count()
         self._done_at: float | None = None
+        self.now = 0.0  # of the coordinator
+        self._firsts: list[int] = []  # of each evaluation, its first portion's ticket
+        self.landed: list[tuple[Push, int]] = []
         # Of each replica:
         self._up = [0] * replicas  # counts its ups and downs; odd: up
         self._fetched = [-1] * replicas  # the evaluation whose parameters it has
@@ -85,14 +92,32 @@ class Emulation:
         for replica, join in enumerate(cluster.join_times(seed, np.arange(replicas))):
             self._at(float(join), self._enter, replica, JOIN)
 
-    def evaluate(self) -> float:
-        """Let one more evaluation happen; give the time at which it is done."""
-        now = self._done_at or 0.0
+    def round(self) -> float:
+        """Let the coordinator ask every shard for scalars; give the time after."""
+        self.now += self._ways(self._desk.replicas)
+        return self.now
+
+    def evaluate(self, groups: Sequence[int] | None = None) -> float:
+        """Let one more evaluation happen.
+
+        Args:
+          groups: see `Portions.begin`.
+
+        Returns:
+          The time at which it is done.
+
+        Raises:
+          RuntimeError: it can never be done.
+        """
+        now = self.now
+        before = self._firsts[-1] + self._desk.portions if self._firsts else 0
+        self._firsts.append(before)
         self._done_at = None
         self._base = list(self._versions)
+        self.landed = []
         while self._heap and self._heap[0][0] <= now:  # who is there by now
             self._step()
-        self._carry_out(self._desk.begin(), now)
+        self._carry_out(self._desk.begin(groups), now)
         while self._done_at is None:
             if not self._heap:
                 raise RuntimeError(
@@ -100,7 +125,8 @@ class Emulation:
                     "left who could compute"
                 )
             self._step()
-        return self._done_at
+        self.now = self._done_at
+        return self.now
 
     def columns(self) -> dict[str, np.ndarray]:
         """Give the Trace's columns, by time."""
@@ -148,7 +174,7 @@ class Emulation:
         order = computing[0]
         if self._fetched[replica] != order.evaluation:
             self._fetched[replica] = order.evaluation
-            ticket = order.evaluation * self._desk.portions + order.portion
+            ticket = self._ticket(order)
             for shard, version in enumerate(self._base):
                 self._note(
                     FETCH, now, computing[1], replica, shard, step=ticket,
@@ -167,7 +193,7 @@ class Emulation:
         self._row[replica] = len(self._rows)
         self._note(
             COMPUTE, now, start, replica, batch=self._batches[replica],
-            step=order.evaluation * self._desk.portions + order.portion,
+            step=self._ticket(order),
             count=order.copy, status=DROPPED,  # unless it is kept
         )  # fmt: skip
         self._batches[replica] += 1
@@ -187,7 +213,8 @@ class Emulation:
         if not self._open[replica][order.id][0]:
             self._unsent[replica] -= len(order.portions)
         self._versions[shard] += 1
-        ticket = self._desk.evaluation * self._desk.portions + order.portions[-1]
+        self.landed.append((order, shard))
+        ticket = self._firsts[-1] + order.portions[-1]
         self._note(
             PUSH, done, start, replica, shard, step=ticket, id_=order.id,
             version=self._versions[shard], base=self._base[shard],
@@ -269,7 +296,8 @@ class Emulation:
         draw = functools.partial(
             self._cluster.latencies, self._seed, shards=ends, direction=direction
         )
-        return _draws(self._cluster.latency, draw, self._desk.replicas, ends)
+        # One more than replicas: the coordinator has its own links to the shards.
+        return _draws(self._cluster.latency, draw, self._desk.replicas + 1, ends)
 
     def _link(
         self, direction: int, now: float, replica: int, end: int, more: float = 0.0
@@ -281,9 +309,18 @@ class Emulation:
         return last[end]
 
     def _fetch_time(self, replica: int) -> float:
-        there, back = self._there(replica), self._back(replica)
+        return self._transfer + self._ways(replica)
+
+    def _ways(self, who: int) -> float:
+        """Seconds to ask every shard and hear from the last; `R`: the coordinator."""
+        there, back = self._there(who), self._back(who)
         ways = [a + b for a, b in zip(there, back, strict=True)]
-        return self._transfer + max(ways[: self._desk.shards])
+        return max(ways[: self._desk.shards])
+
+    def _ticket(self, order: Compute) -> int:
+        """Number the portions of all evaluations; late ones keep their number."""
+        behind = self._desk.evaluation - order.evaluation
+        return self._firsts[-1 - behind] + order.portion
 
     def _note(
         self, kind: int, time: float, start: float, replica: int, shard: int = -1,

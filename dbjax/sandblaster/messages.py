@@ -5,6 +5,7 @@ joined: whoever was declared dead goes on under a new one, so that nothing sent 
 former life can be mistaken for its own.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from dbjax.typing import Gradients, Params
@@ -26,12 +27,14 @@ class Finished(NamedTuple):
       life: in which life.
       task: from the `Compute`; a portion may be given to one replica again.
       value: the portion's mean loss.
+      square: the inner product of its mean gradient with itself, where asked for.
     """
 
     replica: int
     life: int
     task: int
     value: float = 0.0
+    square: float = 0.0
 
 
 class Pushed(NamedTuple):
@@ -68,7 +71,7 @@ class Compute(NamedTuple):
       life: in which life.
       task: 0, 1, 2, ... over all its lives.
       evaluation: of the batch: all its portions see the same parameters.
-      portion: which.
+      portion: its place among the portions of this evaluation.
       upcoming: the portion likely to come next, to prefetch; -1: not known.
       copy: 0 for the first copy handed out; others are backups.
     """
@@ -145,6 +148,10 @@ class Get(NamedTuple):
     name: str
 
 
+class Names(NamedTuple):
+    """Ask which vectors there are."""
+
+
 class Dots(NamedTuple):
     """Inner products of many pairs of vectors, in one round.
 
@@ -161,11 +168,19 @@ class Combine(NamedTuple):
       into: the vector set; it may be among `names`.
       names: the vectors combined, at least one.
       coefficients: as many.
+      dtype: of the result; that of the first vector if None.
     """
 
     into: str
     names: tuple[str, ...]
     coefficients: tuple[float, ...]
+    dtype: Any = None
+
+
+def combination(into: str, terms: Mapping[str, float], dtype: Any = None) -> Combine:
+    """Write a `Combine` as a mapping from names to coefficients."""
+    coefficients = tuple(float(c) for c in terms.values())
+    return Combine(into, tuple(terms), coefficients, dtype)
 
 
 class Copy(NamedTuple):
@@ -174,6 +189,13 @@ class Copy(NamedTuple):
     into: str
     name: str
     dtype: Any = None
+
+
+class Swap(NamedTuple):
+    """Let two vectors exchange their names, which moves nothing."""
+
+    a: str
+    b: str
 
 
 class Elementwise(NamedTuple):
@@ -211,9 +233,15 @@ class Add(NamedTuple):
 
 
 class Added(NamedTuple):
-    """The answer to `Add`: False where it was a repetition or came from the dead."""
+    """The answer to `Add`.
+
+    Attributes:
+      taken: False where it was a repetition or came from the dead.
+      version: the sums that the shard has added by now.
+    """
 
     taken: bool
+    version: int = 0
 
 
 class Fence(NamedTuple):
@@ -227,3 +255,42 @@ class Fenced(NamedTuple):
     """The answer to `Fence`: of that life the ids below this are added, and no more."""
 
     landed: int
+
+
+# From a method to whoever runs it, beside commands to shards.
+
+
+class Evaluate(NamedTuple):
+    """Compute the loss and the gradient of portions at a vector.
+
+    Attributes:
+      at: the vector.
+      groups: `(into, portions)`: the mean gradient of each group's portions, weighted
+        by their numbers of examples, goes into a vector of its own. No portion stands
+        twice.
+      squares: whether to report the square of each portion's gradient.
+    """
+
+    at: str
+    groups: tuple[tuple[str, tuple[int, ...]], ...]
+    squares: bool = False
+
+
+class Reached(NamedTuple):
+    """The step is taken: `x` is where it led. Nothing is in flight now."""
+
+    iteration: int
+
+
+class Evaluated(NamedTuple):
+    """The answer to `Evaluate`; lists are in the order of its portions.
+
+    Attributes:
+      examples: how many each portion has.
+      values: each one's mean loss.
+      squares: each one's `g g`, if asked for.
+    """
+
+    examples: tuple[int, ...]
+    values: tuple[float, ...]
+    squares: tuple[float, ...] = ()

@@ -48,10 +48,25 @@ def project_orthant(x: Array, signs: Array) -> Array:
     return jnp.where(jnp.sign(x) == signs, x, jnp.zeros_like(x))
 
 
+def weigh(x: Array, weight: Array) -> Array:
+    """What times `x` is `weight |x|`."""
+    return weight * jnp.sign(x)
+
+
 def free_gradient(x: Array, g: Array, lower: Array, upper: Array) -> Array:
     """The gradient, but 0 where a bound is reached and descent would cross it."""
+    return free_direction(g, x, g, lower, upper)
+
+
+def free_direction(d: Array, x: Array, g: Array, lower: Array, upper: Array) -> Array:
+    """The direction, but 0 where `free_gradient` is 0 for that reason."""
     held = ((x <= lower) & (g > 0)) | ((x >= upper) & (g < 0))
-    return jnp.where(held, jnp.zeros_like(g), g)
+    return jnp.where(held, jnp.zeros_like(d), d)
+
+
+def where_moved(y: Array, s: Array) -> Array:
+    """`y` where `s` is not 0, and 0 elsewhere."""
+    return jnp.where(s == 0, jnp.zeros_like(y), y)
 
 
 OPERATIONS = {
@@ -61,7 +76,10 @@ OPERATIONS = {
     "sign": Operation(jnp.sign, 1),
     "clip": Operation(lambda x, lower, upper: jnp.clip(x, lower, upper), 3),
     "free_gradient": Operation(free_gradient, 4),
-    "pseudo_gradient": Operation(pseudo_gradient, 2, 1),
+    "free_direction": Operation(free_direction, 5),
+    "where_moved": Operation(where_moved, 2),
+    "pseudo_gradient": Operation(pseudo_gradient, 3),
+    "weigh": Operation(weigh, 2),
     "orthant": Operation(orthant, 2),
     "align": Operation(align, 2),
     "project_orthant": Operation(project_orthant, 2),

@@ -31,9 +31,10 @@ and what it holds should not wait for it. Source: the paper, section 4.2; its ps
 (appendix, 1.2) counts portions as they are handed out and knows no copies.
 """
 
+import bisect
 import copy
 import heapq
-import math
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -83,7 +84,7 @@ class Portions:
     whole state as plain values between any two messages, `restore` goes on from there.
 
     Args:
-      portions: how many portions the batch has.
+      portions: how many portions the batch has, unless `begin` says otherwise.
       replicas: how many replicas there may be; all are away until they have joined.
       shards: how many shards a push goes to.
       push_every: portions summed before a push.
@@ -133,7 +134,8 @@ class Portions:
         self.push_every, self.copies, self.steal = push_every, copies, steal
         self.evaluation, self.counted = -1, portions
         self.info = PortionsInfo()
-        self._values = [0.0] * portions
+        self._ends = [portions]  # of each group
+        self._values, self._squares = [0.0] * portions, [0.0] * portions
         # Of each replica:
         self._is = [_AWAY] * replicas
         self._life = [0] * replicas
@@ -155,20 +157,31 @@ class Portions:
         """Whether every portion counts."""
         return self.counted == self.portions
 
-    def begin(self) -> list[Order]:
-        """Begin the next evaluation; the shards' gradient must be zero by now.
+    def begin(self, groups: Sequence[int] | None = None) -> list[Order]:
+        """Begin the next evaluation; the shards' gradients must be zero by now.
+
+        Args:
+          groups: how many portions each group has, in their order; no sum holds
+            portions of two groups. All of the last evaluation's if not given.
 
         Returns:
           Orders. Replicas that still compute a portion of the last one join in later.
 
         Raises:
           RuntimeError: the last evaluation is not done.
+          ValueError: there is no portion.
         """
         if not self.done:
             raise RuntimeError(
                 f"evaluation {self.evaluation} is not done: {self.counted} of "
                 f"{self.portions} portions count"
             )
+        if groups is not None:
+            self._ends = list(itertools.accumulate(groups))
+            if not groups or self._ends[-1] < 1:
+                raise ValueError(f"groups={groups}: there must be a portion")
+            self.portions = self._ends[-1]
+            self._values, self._squares = ([0.0] * self.portions for _ in range(2))
         self.evaluation, self.counted = self.evaluation + 1, 0
         p, n = self.portions, self.replicas
         self._ranges = [[p * r // n, p * (r + 1) // n] for r in range(n)]
@@ -210,19 +223,15 @@ class Portions:
         """Give the replica's present life, which is what to fence when it dies."""
         return self._life[replica]
 
-    def value(self, examples: Sequence[int]) -> float:
-        """Give the batch's mean loss; it does not depend on who computed what, or when.
+    @property
+    def values(self) -> list[float]:
+        """The mean loss of each portion of the evaluation, `[portions]`."""
+        return list(self._values)
 
-        Args:
-          examples: how many examples each portion has, `[portions]`.
-
-        Returns:
-          `sum_p examples[p] value[p] / sum_p examples[p]`, rounded once.
-        """
-        terms = [n * v for n, v in zip(examples, self._values, strict=True)]
-        if not all(map(math.isfinite, terms)):
-            return sum(terms) / sum(examples)
-        return math.fsum(terms) / sum(examples)
+    @property
+    def squares(self) -> list[float]:
+        """The reported `g g` of each portion of the evaluation, `[portions]`."""
+        return list(self._squares)
 
     # Messages.
 
@@ -245,6 +254,7 @@ class Portions:
         self._work[replica] = (-1, -1)
         if evaluation == self.evaluation and portion in self._outstanding:
             self._values[portion] = message.value
+            self._squares[portion] = message.square
             self._keep(replica, portion, orders)
         else:
             orders.append(Drop(replica, message.life, portion))
@@ -293,8 +303,9 @@ class Portions:
     def _keep(self, replica: int, portion: int, orders: list[Order]) -> None:
         """The first to finish a portion adds it to its sum."""
         del self._by_copies[len(self._outstanding.pop(portion))][portion]
-        shards = self._lacking.get(portion)
-        if shards is not None:  # a repair, which no other sum may be mixed with
+        shards, held = self._lacking.get(portion), self._held[replica]
+        # A repair must not be mixed with another sum, nor one group with another.
+        if shards is not None or held and self._group(held[0]) != self._group(portion):
             self._push(replica, orders)
         orders.append(Keep(replica, self._life[replica], portion))
         self._held[replica].append(portion)
@@ -314,6 +325,9 @@ class Portions:
         held.clear()
         orders.append(Push(replica, self._life[replica], id_, portions, shards))
         self._count(pushes=1)
+
+    def _group(self, portion: int) -> int:
+        return bisect.bisect_right(self._ends, portion)
 
     def _counts(self, portions: Sequence[int], orders: list[Order]) -> None:
         self.counted += len(portions)

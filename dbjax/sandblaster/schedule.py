@@ -83,19 +83,12 @@ def schedule(
     """
     if not isinstance(cluster, Cluster):
         raise TypeError(f"cluster must be a Cluster; got {cluster!r}.")
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")
     if evaluations < 1:
         raise ValueError(f"evaluations must be at least 1, got {evaluations}")
-    static = strategy == "static"
-    desk = Portions(
-        portions,
-        replicas,
-        shards,
-        push_every=portions if static else push_every,
-        copies=copies if strategy == "backups" else 1,
-        steal=not static,
-    )
+    desk = desk_for(
+        strategy, portions=portions, replicas=replicas, shards=shards,
+        push_every=push_every, copies=copies,
+    )  # fmt: skip
     run = Emulation(desk, cluster, seed, parameter_bytes / shards)
     ends = np.array([run.evaluate() for _ in range(evaluations)])
     seconds = np.diff(ends, prepend=0.0)
@@ -119,6 +112,33 @@ def schedule(
     trace = Trace.from_columns(header, times, **run.columns())
     ideal = ideal_seconds(cluster, replicas, portions, seed)
     return Schedule(seconds, ideal, desk.info, trace)
+
+
+def desk_for(
+    strategy: str,
+    *,
+    portions: int,
+    replicas: int,
+    shards: int,
+    push_every: int,
+    copies: int,
+) -> Portions:
+    """Make a desk that follows a strategy; for the arguments see `schedule`.
+
+    Raises:
+      ValueError: there is no such strategy, or a number is below 1.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")
+    static = strategy == "static"
+    return Portions(
+        portions,
+        replicas,
+        shards,
+        push_every=portions if static else push_every,
+        copies=copies if strategy == "backups" else 1,
+        steal=not static,
+    )
 
 
 def ideal_seconds(cluster: Cluster, replicas: int, portions: int, seed: int) -> float:

@@ -23,13 +23,17 @@ from dbjax.sandblaster.messages import (
     Fence,
     Fenced,
     Get,
+    Names,
     Put,
+    Swap,
 )
 from dbjax.sandblaster.operations import OPERATIONS
 from dbjax.typing import Params
 
-Command: TypeAlias = Put | Get | Dots | Combine | Copy | Elementwise | Add | Fence
-Reply: TypeAlias = Params | np.ndarray | Added | Fenced | None
+Command: TypeAlias = (
+    Put | Get | Names | Dots | Combine | Copy | Swap | Elementwise | Add | Fence
+)
+Reply: TypeAlias = Params | np.ndarray | list[str] | Added | Fenced | None
 DotsFn: TypeAlias = Callable[[tuple[Params, ...], tuple[tuple[int, int], ...]], Any]
 
 
@@ -42,10 +46,11 @@ class Heard(NamedTuple):
 
 
 class VectorsState(NamedTuple):
-    """Vectors by name, and what was heard of each replica."""
+    """Vectors by name, what was heard of each replica, and how many sums were added."""
 
     vectors: Mapping[str, Params] = {}
     heard: Mapping[int, Heard] = {}
+    version: int = 0
 
 
 class Kernels(NamedTuple):
@@ -88,8 +93,10 @@ def inner_products(
     )
 
 
-def _combine(vectors: tuple[Params, ...], coefficients: jax.Array) -> Params:
-    """`sum_i c_i v_i` in float32 at least, in the dtypes of the first vector."""
+def _combine(
+    vectors: tuple[Params, ...], coefficients: jax.Array, dtype: Any
+) -> Params:
+    """`sum_i c_i v_i` in float32 at least, then in the dtypes of the first vector."""
 
     def one(*leaves: jax.Array) -> jax.Array:
         wide = functools.reduce(jnp.promote_types, [x.dtype for x in leaves])
@@ -98,7 +105,7 @@ def _combine(vectors: tuple[Params, ...], coefficients: jax.Array) -> Params:
             c.astype(wide) * x.astype(wide)
             for c, x in zip(coefficients, leaves, strict=True)
         ]
-        return functools.reduce(jnp.add, terms).astype(leaves[0].dtype)
+        return functools.reduce(jnp.add, terms).astype(dtype or leaves[0].dtype)
 
     return jax.tree.map(one, *vectors)
 
@@ -135,7 +142,7 @@ def make_kernels(dots: DotsFn = inner_products, shardings: Any = None) -> Kernel
     jit: Any = functools.partial(jax.jit, out_shardings=shardings)
     return Kernels(
         dots=jax.jit(dots, static_argnums=1),
-        combine=jit(_combine),
+        combine=jit(_combine, static_argnums=2),
         elementwise=jit(_elementwise, static_argnums=0),
         copy=jit(_copy, static_argnums=1),
         add=jit(_add),
@@ -157,7 +164,7 @@ def handle(
 
     Returns:
       The next state and the reply: the vector for `Get`, float64 `[pairs]` for `Dots`,
-      `Added` for `Add`, `Fenced` for `Fence`, else None.
+      names for `Names`, `Added` for `Add`, `Fenced` for `Fence`, else None.
 
     Raises:
       KeyError: there is no such vector or operation.
@@ -179,12 +186,19 @@ def handle(
         known = state.heard.get(message.replica, Heard())
         now = Heard(message.life, message.id + 1)
         if known.life == message.life and known.fenced or now <= known:
-            return state, Added(False)
+            return state, Added(False, state.version)
         (vector,) = _named(state, (message.into,))
         state = _with(state, message.into, kernels.add(vector, message.gradients))
-        return _hears(state, message.replica, now), Added(True)
+        state = _hears(state, message.replica, now)
+        state = state._replace(version=state.version + 1)
+        return state, Added(True, state.version)
+    if isinstance(message, Names):
+        return state, list(state.vectors)
     if isinstance(message, Put):
         return _with(state, message.into, message.values), None
+    if isinstance(message, Swap):
+        a, b = _named(state, (message.a, message.b))
+        return _with(_with(state, message.a, b), message.b, a), None
     return _with(state, message.into, _made(state, message, kernels)), None
 
 
@@ -201,7 +215,8 @@ def _made(
                 f"{message.names} and {message.coefficients}"
             )
         coefficients = np.asarray(message.coefficients, np.float64)
-        return kernels.combine(_named(state, message.names), coefficients)
+        vectors = _named(state, message.names)
+        return kernels.combine(vectors, coefficients, message.dtype)
     if message.operation not in OPERATIONS:
         raise KeyError(
             f"no operation {message.operation!r}; there are {sorted(OPERATIONS)}"

@@ -5,6 +5,7 @@ arrays, arrays spread `on_mesh` over devices, and `on_shards`. What is asked of 
 is the same in each and agrees to rounding.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dbjax.runtime.served import Served
 from dbjax.sandblaster import vector_shard
-from dbjax.sandblaster.messages import Add, Combine, Copy, Dots, Elementwise, Get, Put
+from dbjax.sandblaster.messages import (
+    Add,
+    Copy,
+    Dots,
+    Elementwise,
+    Fence,
+    Get,
+    Names,
+    Put,
+    Swap,
+    combination,
+)
 from dbjax.sandblaster.vector_shard import Command, Kernels, Reply, VectorsState
 from dbjax.server.layout import Layout
 from dbjax.typing import Params
@@ -26,9 +39,11 @@ class Vectors:
     """Named vectors, wherever they live.
 
     Args:
-      ask: sends a command to every shard, one each, and gives their replies `[S]`.
+      ask: `ask(shard, command)` sends a command to a shard and gives its reply; it may
+        be called from several threads.
       split: cuts a tree into one part per shard.
       merge: puts the parts together again.
+      shards: how many there are, `S`.
 
     >>> vectors = in_process()
     >>> vectors.put("x", {"w": np.array([3.0, 4.0], np.float32)})
@@ -39,17 +54,17 @@ class Vectors:
 
     def __init__(
         self,
-        ask: Callable[[Sequence[Command]], Sequence[Reply]],
+        ask: Callable[[int, Command], Reply],
         split: Callable[[Params], tuple[Params, ...]],
         merge: Callable[[tuple[Params, ...]], Params],
         shards: int = 1,
     ) -> None:
         self._ask, self._split, self._merge = ask, split, merge
-        self._shards = shards
+        self.shards = shards
 
     def tell(self, message: Command) -> Sequence[Reply]:
         """Send the same command to every shard; give their replies `[S]`."""
-        return self._ask([message] * self._shards)
+        return [self._ask(shard, message) for shard in range(self.shards)]
 
     def dots(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """Give inner products of pairs of vectors, all in one round.
@@ -64,15 +79,15 @@ class Vectors:
         parts: Any = self.tell(Dots(tuple((a, b) for a, b in pairs)))
         return np.array([_total(one) for one in np.stack(parts).T.tolist()])
 
-    def combine(self, into: str, terms: Mapping[str, float]) -> None:
-        """Set a vector to a linear combination, in the dtypes of the first one named.
+    def combine(self, into: str, terms: Mapping[str, float], dtype: Any = None) -> None:
+        """Set a vector to a linear combination.
 
         Args:
           into: the vector set; it may be among the terms.
           terms: coefficients by name.
+          dtype: of the result; those of the first vector named if None.
         """
-        coefficients = tuple(float(c) for c in terms.values())
-        self.tell(Combine(into, tuple(terms), coefficients))
+        self.tell(combination(into, terms, dtype))
 
     def copy(self, into: str, name: str, dtype: Any = None) -> None:
         """Set a vector to another's value, in another dtype if one is given."""
@@ -91,9 +106,19 @@ class Vectors:
         """
         self.tell(Elementwise(into, operation, names, tuple(map(float, scalars))))
 
+    def swap(self, a: str, b: str) -> None:
+        """Let two vectors exchange their names."""
+        self.tell(Swap(a, b))
+
     def add(
-        self, into: str, gradients: Params, replica: int, life: int, id_: int
-    ) -> None:
+        self,
+        into: str,
+        gradients: Params,
+        replica: int,
+        life: int,
+        id_: int,
+        shards: Sequence[int] | None = None,
+    ) -> dict[int, int]:
         """Add a replica's accrued sum to a vector, on each shard at most once.
 
         Args:
@@ -102,13 +127,38 @@ class Vectors:
           replica: who pushes; with `life` and `id_` as in its `Push`.
           life: in which life.
           id_: which of its pushes.
+          shards: which shards it is for; None: all.
+
+        Returns:
+          Each shard's version after it, by shard.
         """
-        parts = self._split(gradients)
-        self._ask([Add(into, part, replica, life, id_) for part in parts])
+        parts, versions = self._split(gradients), {}
+        for shard in range(self.shards) if shards is None else shards:
+            reply: Any = self._ask(shard, Add(into, parts[shard], replica, life, id_))
+            versions[shard] = reply.version
+        return versions
+
+    def fence(self, replica: int, life: int) -> tuple[int, ...]:
+        """Let no shard take anything more from a replica's life.
+
+        Args:
+          replica: who.
+          life: which life.
+
+        Returns:
+          `[S]`, on each shard, below which id its pushes are added.
+        """
+        replies: Any = self.tell(Fence(replica, life))
+        return tuple(reply.landed for reply in replies)
+
+    def names(self) -> list[str]:
+        """List the vectors there are."""
+        return sorted(self.tell(Names())[0])
 
     def put(self, into: str, tree: Params) -> None:
         """Set a vector from a whole tree: for the start, not for iterations."""
-        self._ask([Put(into, part) for part in self._split(tree)])
+        for shard, part in enumerate(self._split(tree)):
+            self._ask(shard, Put(into, part))
 
     def get(self, name: str) -> Params:
         """Give a whole vector: for the end, not for iterations."""
@@ -230,16 +280,11 @@ def _held(
     kernels: Kernels = vector_shard.KERNELS,
 ) -> Vectors:
     """Hold the shards' states here, and let each answer in turn."""
-    states = [VectorsState()] * shards
-
-    def ask(messages: Sequence[Command]) -> list[Reply]:
-        replies = []
-        for shard, message in enumerate(messages):
-            states[shard], reply = vector_shard.handle(states[shard], message, kernels)
-            replies.append(reply)
-        return replies
-
-    return Vectors(ask, split, merge, shards)
+    served = [
+        Served(VectorsState(), functools.partial(vector_shard.handle, kernels=kernels))
+        for _ in range(shards)
+    ]
+    return Vectors(lambda shard, message: served[shard](message), split, merge, shards)
 
 
 def _own(tree: Params) -> Params:

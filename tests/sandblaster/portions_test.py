@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dbjax.sandblaster.batches import mean
 from dbjax.sandblaster.messages import (
     Compute,
     Died,
@@ -211,7 +212,7 @@ def test_every_portion_counts_exactly_once_whatever_happens(seed):
     # The value counts each portion once as well.
     examples = np.arange(1, portions + 1)
     expected = np.sum(examples * np.arange(portions)) / examples.sum()
-    assert world.desk.value(examples.tolist()) == expected
+    assert mean(examples.tolist(), world.desk.values) == expected
 
 
 def test_the_world_is_as_bad_as_it_says():
@@ -243,4 +244,4 @@ def test_saving_and_restoring_changes_nothing(seed):
 def test_a_value_that_is_not_finite_is_said():
     desk, (order,) = started(portions=1, replicas=1)
     desk.handle(Finished(0, 1, 0, value=float("inf")))
-    assert desk.value([3]) == float("inf")
+    assert mean([3], desk.values) == float("inf")

@@ -210,15 +210,17 @@ def test_a_push_is_added_once_and_never_after_the_fence():
         return reply
 
     one = jnp.ones(2)
-    assert tell(Add("g", one, replica=3, life=1, id=0)) == Added(True)
-    assert tell(Add("g", one, 3, 1, 0)) == Added(False), "a repetition"
-    assert tell(Add("g", one, 3, 1, 4)) == Added(True), "those between went elsewhere"
-    assert tell(Add("g", one, 5, 1, 0)) == Added(True), "another replica"
+    assert tell(Add("g", one, replica=3, life=1, id=0)) == Added(True, 1)
+    assert tell(Add("g", one, 3, 1, 0)) == Added(False, 1), "a repetition"
+    assert tell(Add("g", one, 3, 1, 4)) == Added(True, 2), (
+        "those between went elsewhere"
+    )
+    assert tell(Add("g", one, 5, 1, 0)) == Added(True, 3), "another replica"
     assert tell(Fence(3, 1)) == tell(Fence(3, 1)) == Fenced(5)
-    assert tell(Add("g", one, 3, 1, 5)) == Added(False), "from the dead"
-    assert tell(Add("g", one, 3, 2, 0)) == Added(True), "a new life"
+    assert tell(Add("g", one, 3, 1, 5)) == Added(False, 3), "from the dead"
+    assert tell(Add("g", one, 3, 2, 0)) == Added(True, 4), "a new life"
     assert tell(Fence(7, 1)) == Fenced(0), "never heard of"
-    assert tell(Add("g", one, 7, 1, 0)) == Added(False)
+    assert tell(Add("g", one, 7, 1, 0)) == Added(False, 4)
     np.testing.assert_array_equal(tell(Get("g")), [4.0, 4.0])
 
 

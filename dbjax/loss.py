@@ -1,4 +1,4 @@
-"""A replica's gradient of one minibatch, and whether it is finite."""
+"""What a user's loss gives: its gradient, and whether that is finite; checks of it."""
 
 import functools
 from collections.abc import Callable
@@ -13,31 +13,37 @@ from dbjax.typing import Batch, Gradients, LossFn, Params
 GradientFn = Callable[[Params, Batch, Any, Any], Gradients]
 
 
-def make_gradient(
+def make_loss(
     loss_fn: LossFn, *, rng: bool = False, has_aux: bool = False, seed: int = 0
-) -> GradientFn:
-    """Make `gradient(params, batch, replica, index)` of a loss.
+) -> Callable[..., jax.Array]:
+    """Make `loss(params, batch, *names) -> scalar` of a user's loss.
 
     Args:
       loss_fn: `loss_fn(params, batch)`, or `loss_fn(params, batch, key)` with `rng`.
-      rng: whether the loss takes a key, a pure function of (seed, replica, index).
+      rng: whether the loss takes a key, a pure function of (seed, *names).
       has_aux: whether the loss returns `(loss, aux)`; `aux` is not used.
       seed: the key's seed.
 
     Returns:
-      The pure gradient function.
+      The pure function; `names` are integers that say which batch it is.
     """
 
-    def gradient(params: Params, batch: Batch, replica: Any, index: Any) -> Gradients:
-        if not rng:
-            out = jax.grad(loss_fn, has_aux=has_aux)(params, batch)
-        else:
-            key = jax.random.fold_in(jax.random.key(seed), replica)
-            key = jax.random.fold_in(key, index)
-            out = jax.grad(loss_fn, has_aux=has_aux)(params, batch, key)
+    def loss(params: Params, batch: Batch, *names: Any) -> jax.Array:
+        args = ()
+        if rng:
+            key = jax.random.key(seed)
+            args = (functools.reduce(jax.random.fold_in, names, key),)
+        out = loss_fn(params, batch, *args)
         return out[0] if has_aux else out
 
-    return gradient
+    return loss
+
+
+def make_gradient(
+    loss_fn: LossFn, *, rng: bool = False, has_aux: bool = False, seed: int = 0
+) -> GradientFn:
+    """Make `gradient(params, batch, replica, index)`; arguments as for `make_loss`."""
+    return jax.grad(make_loss(loss_fn, rng=rng, has_aux=has_aux, seed=seed))
 
 
 def all_finite(tree: Gradients) -> jax.Array:
@@ -75,14 +81,25 @@ def check_loss(
     rng: bool = False,
     has_aux: bool = False,
     seed: int = 0,
+    finite: bool = True,
 ) -> None:
     """Raise unless the loss of the first minibatch is a finite scalar float.
+
+    Args:
+      loss_fn: see `make_loss`, as are `rng`, `has_aux` and `seed`.
+      params: the first parameters.
+      batch: the first minibatch.
+      rng: whether it takes a key.
+      has_aux: whether it returns more than a value.
+      seed: of the key.
+      finite: whether the value must be finite; without it nothing is computed.
 
     Raises:
       ValueError: what the loss gave instead.
     """
     args = (jax.random.key(seed),) if rng else ()
-    value = jax.jit(loss_fn)(params, batch, *args)
+    call = jax.jit(loss_fn) if finite else functools.partial(jax.eval_shape, loss_fn)
+    value = call(params, batch, *args)
     if has_aux:
         if not (isinstance(value, tuple) and len(value) == 2):
             raise ValueError("has_aux=True: loss_fn must return (loss, aux)")
@@ -97,7 +114,7 @@ def check_loss(
             f"loss_fn must return a scalar float (the mean over the batch), got shape "
             f"{value.shape} and dtype {value.dtype}"
         )
-    if not bool(jnp.isfinite(value)):
+    if finite and not bool(jnp.isfinite(value)):
         raise ValueError(
             f"loss_fn gives {float(value)} on the first minibatch: check the data, the "
             "initial parameters and the loss"
