@@ -7,7 +7,7 @@ refuse what comes twice.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,7 @@ class EmulatedReplicas:
         for into, _ in request.groups:
             vectors.elementwise(into, "zero", request.at)
         params = vectors.get(request.at)
-        losses = {}
+        losses: dict[int, list[Any]] = {}
         for push, shards in _by_push(self._events.landed).items():
             accrued = None
             for place in push.portions:
@@ -157,7 +157,7 @@ def finish(
     request: Evaluate,
     problem: Problem,
     vectors: Vectors,
-    losses: dict[int, tuple[float, float]],
+    losses: Mapping[int, Sequence[Any]],
 ) -> Evaluated:
     """Divide each group's sum by its number of examples, and list the losses.
 

@@ -38,14 +38,16 @@ def orthant(x: Array, pseudo: Array) -> Array:
     return jnp.where(x == 0, -jnp.sign(pseudo), jnp.sign(x))
 
 
-def align(direction: Array, pseudo: Array) -> Array:
-    """The direction where it descends along that coefficient, and 0 elsewhere."""
-    return jnp.where(direction * pseudo < 0, direction, jnp.zeros_like(direction))
+def align(direction: Array, pseudo: Array, weight: Array) -> Array:
+    """The direction, but 0 where it does not descend along a penalised coefficient."""
+    off = (weight > 0) & (direction * pseudo >= 0)
+    return jnp.where(off, jnp.zeros_like(direction), direction)
 
 
-def project_orthant(x: Array, signs: Array) -> Array:
-    """`x` where it has the given sign, and 0 elsewhere."""
-    return jnp.where(jnp.sign(x) == signs, x, jnp.zeros_like(x))
+def project_orthant(x: Array, signs: Array, weight: Array) -> Array:
+    """`x`, but 0 where a penalised coefficient has not the given sign."""
+    crossed = (weight > 0) & (jnp.sign(x) != signs)
+    return jnp.where(crossed, jnp.zeros_like(x), x)
 
 
 def weigh(x: Array, weight: Array) -> Array:
@@ -81,6 +83,6 @@ OPERATIONS = {
     "pseudo_gradient": Operation(pseudo_gradient, 3),
     "weigh": Operation(weigh, 2),
     "orthant": Operation(orthant, 2),
-    "align": Operation(align, 2),
-    "project_orthant": Operation(project_orthant, 2),
+    "align": Operation(align, 3),
+    "project_orthant": Operation(project_orthant, 3),
 }

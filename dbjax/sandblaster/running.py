@@ -129,7 +129,7 @@ class Running:
         state, requests = self._restore() or self.coordinator.begin()
         with self.replicas.at_work():
             while True:
-                reply = None
+                reply: Any = None
                 for done, request in enumerate(requests, 1):
                     if isinstance(request, Reached):
                         self._reached(state, requests[done:])

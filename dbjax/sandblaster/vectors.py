@@ -153,7 +153,8 @@ class Vectors:
 
     def names(self) -> list[str]:
         """List the vectors there are."""
-        return sorted(self.tell(Names())[0])
+        names: Any = self.tell(Names())[0]
+        return sorted(names)
 
     def put(self, into: str, tree: Params) -> None:
         """Set a vector from a whole tree: for the start, not for iterations."""

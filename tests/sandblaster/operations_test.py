@@ -33,13 +33,16 @@ def test_orthant_align_and_projection_by_hand():
     signs = operations.orthant(X, pseudo)
     np.testing.assert_array_equal(signs, [1, -1, -1, 1, 0, 0])
     direction = np.array([-1.0, 1.0, 1.0, 1.0, 1.0, -1.0], np.float32)
+    one, none = np.ones(6, np.float32), np.zeros(6, np.float32)
     np.testing.assert_array_equal(
-        operations.align(direction, pseudo), [-1, 0, 0, 1, 0, 0]
+        operations.align(direction, pseudo, one), [-1, 0, 0, 1, 0, 0]
     )
+    np.testing.assert_array_equal(operations.align(direction, pseudo, none), direction)
     trial = np.array([-0.1, -1.0, -2.0, 2.0, 1.0, 0.0], np.float32)
     np.testing.assert_array_equal(
-        operations.project_orthant(trial, signs), [0, -1, -2, 2, 0, 0]
+        operations.project_orthant(trial, signs, one), [0, -1, -2, 2, 0, 0]
     )
+    np.testing.assert_array_equal(operations.project_orthant(trial, signs, none), trial)
 
 
 def test_a_bound_holds_the_gradient_only_where_descent_would_cross_it():

@@ -151,21 +151,24 @@ def absorb(
     """Hand a round's products to `vector_free`."""
     m = len(state.sg)
 
-    def rows(kind: str, v: str) -> np.ndarray:
+    def rows(kind: str, v: str) -> Any:
         return np.array([products[f"{kind}{row}", v] for row in range(m)])
+
+    def one(a: str, b: str) -> Any:
+        return np.float64(products[a, b])
 
     new = vector_free.Round(
         rows_sg=rows("s", gradient),
         rows_yg=rows("y", gradient),
-        sy=np.float64(products["s+", "y+"]),
-        yy=np.float64(products["y+", "y+"]),
-        sg=np.float64(products["s+", gradient]),
-        yg=np.float64(products["y+", gradient]),
-        gg=np.float64(products[gradient, gradient]),
+        sy=one("s+", "y+"),
+        yy=one("y+", "y+"),
+        sg=one("s+", gradient),
+        yg=one("y+", gradient),
+        gg=one(gradient, gradient),
     )
     if ("s+", "s+") not in products:
         return exactly(_absorb)(state, new)
-    more = rows("s", "y+"), rows("y", "y+"), np.float64(products["s+", "s+"])
+    more = rows("s", "y+"), rows("y", "y+"), one("s+", "s+")
     return exactly(_absorb_apart)(state, new, *more)
 
 

@@ -9,7 +9,7 @@ of it asks for no more than there is.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,12 +43,17 @@ class Geometry(NamedTuple):
     start: Sequence[Command] = ()
 
 
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class _Projected:
     """What both have in common; they say their geometry and their constants."""
 
-    memory_size: int
-    linesearch: LineSearch | None
-    geometry: Geometry
+    memory_size: int = 10
+    linesearch: LineSearch | None = None
+
+    geometry: ClassVar[Geometry]
+
+    def __post_init__(self) -> None:
+        lbfgs.check_memory(self.memory_size)
 
     def search(self, value_rtol: float) -> LineSearch:
         """See `Method`, as for all that follow."""
@@ -131,21 +136,19 @@ class OWLQN(_Projected):
     """
 
     l1: Any
-    memory_size: int = 10
-    linesearch: LineSearch | None = None
 
     geometry = Geometry(
         usable=[Elementwise("v+", "pseudo_gradient", ("x+", "g+", "l1"))],
         aim=[
-            Elementwise("d", "align", ("d", "v")),
+            Elementwise("d", "align", ("d", "v", "l1")),
             Elementwise("o", "orthant", ("x", "v")),
         ],
-        back=[Elementwise("x+", "project_orthant", ("x+", "o"))],
+        back=[Elementwise("x+", "project_orthant", ("x+", "o", "l1"))],
         weigh=[Elementwise("p+", "weigh", ("x+", "l1"))],
     )
 
     def __post_init__(self) -> None:
-        lbfgs.check_memory(self.memory_size)
+        super().__post_init__()
         for weight in jax.tree.leaves(self.l1):
             if not np.all(np.asarray(weight) >= 0):
                 raise ValueError(f"l1={weight}: allowed are numbers from 0")
@@ -177,8 +180,6 @@ class BoxLBFGS(_Projected):
 
     lower: Any = None
     upper: Any = None
-    memory_size: int = 10
-    linesearch: LineSearch | None = None
 
     geometry = Geometry(
         usable=[Elementwise("v+", "free_gradient", ("x+", "g+", "lower", "upper"))],
@@ -187,9 +188,6 @@ class BoxLBFGS(_Projected):
         back=[Elementwise("x+", "clip", ("x+", "lower", "upper"))],
         start=[Elementwise("x", "clip", ("x", "lower", "upper"))],
     )
-
-    def __post_init__(self) -> None:
-        lbfgs.check_memory(self.memory_size)
 
     def constants(self, params: Params) -> dict[str, Params]:
         """Both bounds of every coefficient.
