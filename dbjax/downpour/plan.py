@@ -172,8 +172,13 @@ def make_plan(trace: Trace) -> Plan:
       The plan.
 
     Raises:
-      ValueError: the Trace names states that it does not make.
+      ValueError: the Trace names states that it does not make, or is no Downpour run's.
     """
+    if trace.header.get("algorithm") == "sandblaster":
+        raise ValueError(
+            "the Trace is of sandblaster.minimize, where values decide what comes next: "
+            "it is for time and accounting; call minimize again with the same arguments"
+        )
     shards = int(trace.header["shards"])
     if np.any(trace.incarnation != 0):
         raise ValueError("the Trace holds a restored shard (incarnation above 0)")

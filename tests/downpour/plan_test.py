@@ -220,3 +220,10 @@ def test_traces_that_name_what_is_not_there():
         make_plan(trace.take(np.arange(len(trace)) != fetch[0]))
     with pytest.raises(ValueError, match="restored shard"):
         make_plan(changed(trace, "incarnation", push[3], 1))
+
+
+def test_a_sandblaster_trace_is_not_replayed_as_if_it_were_downpours():
+    cluster = dbjax.Cluster(step_time=1.0)
+    trace = dbjax.sandblaster.schedule(cluster, replicas=2, portions=4).trace
+    with pytest.raises(ValueError, match="sandblaster.minimize, where values decide"):
+        make_plan(trace)
