@@ -12,6 +12,7 @@ from dbjax.runtime.threads import ReplicaError, Threads
 from dbjax.sandblaster.arguments import Arguments
 from dbjax.sandblaster.emulated import finish, group_of
 from dbjax.sandblaster.messages import (
+    Added,
     Compute,
     Died,
     Done,
@@ -29,7 +30,7 @@ from dbjax.sandblaster.portions import Message, Order, PortionsInfo
 from dbjax.sandblaster.problem import Problem, scattered
 from dbjax.sandblaster.vectors import Vectors
 from dbjax.trace import COMPUTE, FAIL, FETCH, JOIN, PUSH, RESTART, TAKEN
-from dbjax.typing import Gradients, Params
+from dbjax.typing import Batch, Gradients, Params
 
 MOST_FAILURES = 3
 """A portion that has failed so often, with whichever replicas, ends the run."""
@@ -209,6 +210,7 @@ class _Hand:
         self._fetched: Published | None = None
         self._finished: tuple[int, Gradients] | None = None
         self._accrued: Gradients | None = None
+        self._prefetched: tuple[int, Batch] | None = None
 
     def obey(self, order: Any) -> Iterator[Message]:
         """Carry out an order, in this replica's thread."""
@@ -239,11 +241,11 @@ class _Hand:
         if seen.evaluation != order.evaluation:  # it is over, and nobody waits for it
             return Finished(self._replica, order.life, order.task)
         start, i = recorder.now(), seen.portions[order.portion]
-        value, square, gradients = jax.block_until_ready(
-            crew.problem.compute(
-                seen.params, crew.problem.portion(i), i, seen.request.squares
-            )
-        )
+        batch = self._portion(i)
+        result = crew.problem.compute(seen.params, batch, i, seen.request.squares)
+        if order.upcoming >= 0:  # while that is computed
+            self._prefetch(seen.portions[order.upcoming])
+        value, square, gradients = jax.block_until_ready(result)
         self._finished = i, gradients
         recorder.add(
             COMPUTE, self._replica, start, step=seen.first + order.portion,
@@ -253,6 +255,19 @@ class _Hand:
         return Finished(
             self._replica, order.life, order.task, float(value), float(square)
         )
+
+    def _prefetch(self, i: int) -> None:
+        try:
+            self._prefetched = i, self._crew.problem.portion(i)
+        except Exception:
+            self._prefetched = None  # in its turn it will fail by itself
+
+    def _portion(self, i: int) -> Batch:
+        """Give a portion, which may be here already."""
+        there, self._prefetched = self._prefetched, None
+        if there is not None and there[0] == i:
+            return there[1]
+        return self._crew.problem.portion(i)
 
     def _fetch(self) -> Published:
         crew, start = self._crew, self._crew.recorder.now()
@@ -270,14 +285,19 @@ class _Hand:
         assert seen is not None and self._accrued is not None
         accrued, self._accrued = self._accrued, None
         into, start = group_of(seen.request, order.portions[0]), crew.recorder.now()
-        versions = crew.vectors.add(
-            into, accrued, self._replica, order.life, order.id, order.shards
-        )
-        for shard, version in versions.items():
-            crew.versions[shard] = max(crew.versions[shard], version)
+
+        def record(shard: int, added: Added) -> None:
+            # While the shard waits: its rows must stand in the order of its versions.
+            if not added.taken:
+                return  # fenced: it counts as lost
+            crew.versions[shard] = added.version
             crew.recorder.add(
                 PUSH, self._replica, start, shard, step=seen.first + order.portions[-1],
-                version=version, base=seen.base[shard], count=len(order.portions),
+                version=added.version, base=seen.base[shard], count=len(order.portions),
                 status=TAKEN, nbytes=crew.shard_bytes[shard], id_=order.id,
             )  # fmt: skip
+
+        crew.vectors.add(
+            into, accrued, self._replica, order.life, order.id, order.shards, record
+        )
         return Pushed(self._replica, order.life, order.id)
