@@ -22,7 +22,7 @@ class Failed(NamedTuple):
 
     replica: int
     order: Any
-    error: Exception
+    error: BaseException
 
 
 class Mailboxes:
@@ -83,5 +83,5 @@ class Mailboxes:
             try:
                 for message in self._hands[replica](order):
                     self._messages.put(message)
-            except Exception as error:
+            except BaseException as error:  # or it would be waited for for ever
                 self._messages.put(Failed(replica, order, error))

@@ -20,8 +20,20 @@ class Served:
     def __init__(self, state: Any, handle: Callable[[Any, Any], tuple[Any, Any]]):
         self._state, self._handle, self._lock = state, handle, threading.Lock()
 
-    def __call__(self, message: Any) -> Any:
-        """Take a message and give the reply."""
+    def __call__(
+        self, message: Any, record: Callable[[Any], None] | None = None
+    ) -> Any:
+        """Take a message and give the reply.
+
+        Args:
+          message: what `handle` takes.
+          record: is given the reply before the next message is handled.
+
+        Returns:
+          The reply.
+        """
         with self._lock:
             self._state, reply = self._handle(self._state, message)
+            if record is not None:
+                record(reply)
         return reply

@@ -20,6 +20,7 @@ from dbjax.runtime.served import Served
 from dbjax.sandblaster import vector_shard
 from dbjax.sandblaster.messages import (
     Add,
+    Added,
     Copy,
     Dots,
     Elementwise,
@@ -39,7 +40,8 @@ class Vectors:
     """Named vectors, wherever they live.
 
     Args:
-      ask: `ask(shard, command)` sends a command to a shard and gives its reply; it may
+      ask: `ask(shard, command, record)` sends a command to a shard and gives its reply;
+        `record(reply)`, if not None, is called before the shard takes another. It may
         be called from several threads.
       split: cuts a tree into one part per shard.
       merge: puts the parts together again.
@@ -54,7 +56,7 @@ class Vectors:
 
     def __init__(
         self,
-        ask: Callable[[int, Command], Reply],
+        ask: Callable[[int, Command, Callable[[Any], None] | None], Reply],
         split: Callable[[Params], tuple[Params, ...]],
         merge: Callable[[tuple[Params, ...]], Params],
         shards: int = 1,
@@ -64,7 +66,7 @@ class Vectors:
 
     def tell(self, message: Command) -> Sequence[Reply]:
         """Send the same command to every shard; give their replies `[S]`."""
-        return [self._ask(shard, message) for shard in range(self.shards)]
+        return [self._ask(shard, message, None) for shard in range(self.shards)]
 
     def dots(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """Give inner products of pairs of vectors, all in one round.
@@ -118,7 +120,8 @@ class Vectors:
         life: int,
         id_: int,
         shards: Sequence[int] | None = None,
-    ) -> dict[int, int]:
+        record: Callable[[int, Added], None] | None = None,
+    ) -> None:
         """Add a replica's accrued sum to a vector, on each shard at most once.
 
         Args:
@@ -128,15 +131,13 @@ class Vectors:
           life: in which life.
           id_: which of its pushes.
           shards: which shards it is for; None: all.
-
-        Returns:
-          Each shard's version after it, by shard.
+          record: is given each shard and its reply before that shard adds another sum.
         """
-        parts, versions = self._split(gradients), {}
+        parts = self._split(gradients)
         for shard in range(self.shards) if shards is None else shards:
-            reply: Any = self._ask(shard, Add(into, parts[shard], replica, life, id_))
-            versions[shard] = reply.version
-        return versions
+            message = Add(into, parts[shard], replica, life, id_)
+            note = None if record is None else functools.partial(record, shard)
+            self._ask(shard, message, note)
 
     def fence(self, replica: int, life: int) -> tuple[int, ...]:
         """Let no shard take anything more from a replica's life.
@@ -159,7 +160,7 @@ class Vectors:
     def put(self, into: str, tree: Params) -> None:
         """Set a vector from a whole tree: for the start, not for iterations."""
         for shard, part in enumerate(self._split(tree)):
-            self._ask(shard, Put(into, part))
+            self._ask(shard, Put(into, part), None)
 
     def get(self, name: str) -> Params:
         """Give a whole vector: for the end, not for iterations."""
@@ -285,7 +286,10 @@ def _held(
         Served(VectorsState(), functools.partial(vector_shard.handle, kernels=kernels))
         for _ in range(shards)
     ]
-    return Vectors(lambda shard, message: served[shard](message), split, merge, shards)
+    return Vectors(
+        lambda shard, message, record: served[shard](message, record),
+        *(split, merge, shards),
+    )
 
 
 def _own(tree: Params) -> Params:
