@@ -1,23 +1,19 @@
 """`--dry_run`: what a run would need, without running it or writing a file."""
 
-import functools
-import math
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import ml_collections
-import optax
 import rich.box
 import rich.console
 import rich.filesize
 import rich.table
 
-from dbjax.typing import Batch, Params
 from experiments import train, workloads
-from experiments.methods import Plan
+from experiments.methods import Plan, minibatches
 
-_LEAST_SECONDS = 0.5  # of timed steps
+_LEAST_SECONDS = 0.5  # of timed work
 
 
 class Need(NamedTuple):
@@ -70,9 +66,10 @@ def show(
     needs = {}
     for name, plan in plans.items():
         need = needs[name] = estimate(plan, workload, config)
+        state = f", {_size(need.optimizer)} of optimizer state" * bool(need.optimizer)
         console.print(
-            f"{name}: {need.copies} copies of {_size(need.parameters)} of parameters, "
-            f"{_size(need.optimizer)} of optimizer state",
+            f"{name}: {need.copies} copies of {_size(need.parameters)} of parameters"
+            f"{state}",
             highlight=False,
         )
         table.add_row(
@@ -90,7 +87,7 @@ def show(
 def estimate(
     plan: Plan, workload: workloads.Workload, config: ml_collections.ConfigDict
 ) -> Need:
-    """Work out sizes from shapes, and time from a few steps of the plain loop.
+    """Work out sizes from shapes, and time from a little of the work.
 
     Args:
       plan: the method's.
@@ -100,58 +97,36 @@ def estimate(
     Returns:
       The need.
     """
-    shapes = jax.eval_shape(workload.init, config.seed)
-    parameters = _bytes(shapes)
-    optimizer = _bytes(jax.eval_shape(plan.optimizer.init, shapes))
-    compiling, step, evaluation = _stopwatch(plan.optimizer, workload, config.seed)
-    evaluations = config.steps // config.eval_every + 1
-    clock = None
-    if config.runtime == "emulated":
-        clock = plan.simulate(config.steps).duration()
+    parameters = minibatches.num_bytes(jax.eval_shape(workload.init, config.seed))
+    compiling, each, evaluation = _stopwatch(plan, workload, config.seed)
     return Need(
         parameters=parameters,
         copies=plan.copies,
-        optimizer=optimizer,
-        # A checkpoint between two fetches holds what the replicas compute on, too.
-        checkpoint=parameters * plan.copies + optimizer,
-        seconds=compiling + step * config.steps + evaluation * evaluations,
-        clock=clock,
+        optimizer=plan.state,
+        checkpoint=parameters * plan.saved + plan.state,
+        seconds=compiling + each * plan.count + evaluation * plan.evaluations,
+        clock=plan.clock() if config.runtime == "emulated" else None,
     )
 
 
 def _stopwatch(
-    optimizer: optax.GradientTransformation, workload: workloads.Workload, seed: int
+    plan: Plan, workload: workloads.Workload, seed: int
 ) -> tuple[float, float, float]:
-    """Time compiling, one step (batch, gradient and update) and one evaluation."""
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def update(params: Params, state: optax.OptState, batch: Batch) -> Any:
-        gradients = jax.grad(workload.loss)(params, batch)
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
+    """Time compiling, one piece of the plan's work, and one evaluation."""
     begin = time.perf_counter()
+    do = plan.work()
+    do(0)
     params = workload.init(seed)
-    state = optimizer.init(params)
-    params, state = update(params, state, workload.data.batch(0, 0))
     workload.evaluate(params)
-    jax.block_until_ready(params)
     compiled = time.perf_counter()
-    steps = 0
-    while steps < 3 or time.perf_counter() - compiled < _LEAST_SECONDS:
-        steps += 1
-        params, state = update(params, state, workload.data.batch(0, steps))
-        jax.block_until_ready(params)
-    stepped = time.perf_counter()
+    times = 0
+    while times < 3 or time.perf_counter() - compiled < _LEAST_SECONDS:
+        times += 1
+        do(times)
+    worked = time.perf_counter()
     workload.evaluate(params)
     evaluated = time.perf_counter()
-    return compiled - begin, (stepped - compiled) / steps, evaluated - stepped
-
-
-def _bytes(tree: Any) -> int:
-    return sum(
-        math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
-    )
+    return compiled - begin, (worked - compiled) / times, evaluated - worked
 
 
 def _size(count: int) -> str:

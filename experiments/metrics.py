@@ -1,7 +1,10 @@
 """One writer for all that is measured: JSON lines, TensorBoard, and the console.
 
 `metrics.jsonl` holds one object a line: method, step, time (the run's own clock, in
-seconds), examples, wall (seconds since this process started the method), and scalars.
+seconds), examples seen, wall (seconds since this process started the method), and
+scalars. A step is a minibatch or, with a batch method, an iteration; such a method's
+warm start has steps below 0, and what only the run knows (evaluations, examples, ...)
+is added when it has ended.
 """
 
 import json
@@ -30,8 +33,8 @@ class Writer:
     Args:
       workdir: the run's folder.
       method: whose numbers these are; its events go to the folder of that name.
-      steps: minibatches in the whole run, for the progress bar.
-      batch_size: examples in a minibatch.
+      steps: in the whole run, for the progress bar.
+      batch_size: examples in a step, if all have as many.
       console: where to show progress: a bar on a terminal, a few lines elsewhere.
 
     Attributes:
@@ -44,7 +47,7 @@ class Writer:
         method: str,
         *,
         steps: int,
-        batch_size: int,
+        batch_size: int | None,
         console: rich.console.Console,
     ):
         """Look at what is there; nothing is shown before `with`."""
@@ -57,7 +60,8 @@ class Writer:
         rows = read(self._path)
         _rewrite(self._path, rows)  # without a line that was torn by a kill
         self._last_step = max(
-            (row["step"] for row in rows if row["method"] == method), default=-1
+            (row["step"] for row in rows if row["method"] == method),
+            default=-math.inf,
         )
         self._console = console
         self._tenths = -1
@@ -87,15 +91,16 @@ class Writer:
         """Write one evaluation everywhere; it is on disk when this returns.
 
         Args:
-          step: minibatches processed so far.
+          step: steps taken so far.
           seconds: the run's own clock.
           scalars: what was measured.
         """
+        size = self._batch_size
         row = {
             "method": self._method,
             "step": int(step),
             "time": float(seconds),
-            "examples": int(step) * self._batch_size,
+            **({"examples": int(step) * size} if size else {}),
             "wall": round(time.perf_counter() - self._begin, 3),
             **{name: _finite(value) for name, value in scalars.items()},
         }
@@ -103,6 +108,20 @@ class Writer:
         self.rows_written += 1
         self._write_events(row, scalars)
         self._show(row)
+
+    def complete(self, evaluations: Sequence[Mapping[str, Any]]) -> None:
+        """Add what the run has recorded of its evaluations, and the rows lack.
+
+        Args:
+          evaluations: those of its Trace.
+        """
+        known = {row["step"]: row for row in evaluations}
+        rows = read(self._path)
+        for row in rows:
+            if row["method"] == self._method:
+                for name, value in known.get(row["step"], {}).items():
+                    row.setdefault(name, _finite(value))
+        _rewrite(self._path, rows)
 
     def _append(self, row: dict[str, Any]) -> None:
         if row["step"] <= self._last_step:
@@ -127,7 +146,7 @@ class Writer:
 
     def _show(self, row: dict[str, Any]) -> None:
         scores = f"test accuracy {row['test_accuracy']:.1%}"
-        self._bar.update(self._task, completed=row["step"], scores=scores)
+        self._bar.update(self._task, completed=max(0, row["step"]), scores=scores)
         tenths = 10 * row["step"] // self._steps
         if not self._console.is_terminal and tenths > self._tenths:
             self._tenths = tenths

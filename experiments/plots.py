@@ -23,9 +23,9 @@ from dbjax import trace as trace_lib  # noqa: E402
 from dbjax.trace import Trace  # noqa: E402
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_GREY = "#bdbdbd"
-_MOST_REPLICAS = 40  # rows in a timeline that can still be told apart
-_STYLE = {
+GREY = "#bdbdbd"
+MOST_REPLICAS = 40  # rows in a timeline that can still be told apart
+STYLE = {
     "axes.axisbelow": True,
     "axes.grid": True,
     "axes.labelsize": 12,
@@ -58,9 +58,16 @@ def draw(
     """
     figures = {"accuracy": curves(traces, title)}
     for name, trace in traces.items():
-        if trace.header["replicas"] > 1:
+        if trace.header["replicas"] > 1 and not is_batch(trace):
             figures[f"{name}_staleness"] = staleness(trace, name)
             figures[f"{name}_timeline"] = timeline(trace, name)
+    return save(figures, workdir)
+
+
+def save(
+    figures: Mapping[str, figure.Figure], workdir: pathlib.Path
+) -> list[pathlib.Path]:
+    """Save each as `<name>.png`; give the files."""
     files = []
     for name, picture in figures.items():
         files.append(workdir / f"{name}.png")
@@ -69,10 +76,28 @@ def draw(
     return files
 
 
-@matplotlib.rc_context(_STYLE)
+def is_batch(trace: Trace) -> bool:
+    """Say whether the Trace is a batch method's: its steps are iterations."""
+    return trace.header.get("algorithm") == "sandblaster"
+
+
+def short(name: str) -> str:
+    """Give a method's name as there is room for it."""
+    return name.removeprefix("sandblaster_")
+
+
+def examples_seen(trace: Trace) -> np.ndarray:
+    """Give the training examples seen by each evaluation, float `[evaluations]`."""
+    size = trace.header.get("batch_size", 1)
+    rows = trace.evaluations
+    return np.array([row.get("examples", row["step"] * size) for row in rows], float)
+
+
+@matplotlib.rc_context(STYLE)
 def curves(traces: Mapping[str, Trace], title: str) -> figure.Figure:
-    """Test accuracy over the run's own time, and test loss over minibatches."""
+    """Test accuracy over the run's own time, and test loss over the data seen."""
     picture, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2))
+    mixed = any(map(is_batch, traces.values()))
     for (name, trace), colour in zip(traces.items(), COLOURS * 9, strict=False):
         rows = trace.evaluations
         step, time, accuracy, loss = (
@@ -80,21 +105,22 @@ def curves(traces: Mapping[str, Trace], title: str) -> figure.Figure:
             for key in ("step", "time", "test_accuracy", "test_loss")
         )
         begun = time > 0  # a logarithmic axis has no place for the start
-        label = f"{name}, {_replicas(trace)}"
+        label = f"{short(name)}, {replicas(trace)}"
+        seen = examples_seen(trace) if mixed else step
         left.plot(time[begun], 100 * accuracy[begun], color=colour, label=label)
         left.plot(time[-1], 100 * accuracy[-1], "o", color=colour)
-        right.plot(step, loss, color=colour)
-        right.plot(step[-1], loss[-1], "o", color=colour)
-    clocks = {_clock(trace) for trace in traces.values()}
-    clock = clocks.pop() if len(clocks) == 1 else "time of the run"
+        right.plot(seen, loss, color=colour)
+        right.plot(seen[-1], loss[-1], "o", color=colour)
+    clock = clock_of(*traces.values())
     left.set(xscale="log", xlabel=f"{clock} (s)", ylabel="test accuracy (%)")
     left.set_title(title + _mark_lead(left, traces))
-    right.set(xlabel="minibatches, all replicas together", ylabel="test loss (nats)")
+    unit = "training examples" if mixed else "minibatches"
+    right.set(xlabel=f"{unit}, all replicas together", ylabel="test loss (nats)")
     right.set(yscale="log", title="Test loss over the data seen")
     right.xaxis.set_major_locator(ticker.MaxNLocator(5))
-    right.xaxis.set_major_formatter(_plain())
-    _tick_logarithmic(left.xaxis)
-    _tick_logarithmic(right.yaxis)
+    right.xaxis.set_major_formatter(plain())
+    tick_logarithmic(left.xaxis)
+    tick_logarithmic(right.yaxis)
     picture.legend(loc="outside lower center", ncols=min(len(traces), 4))
     return picture
 
@@ -130,7 +156,7 @@ def _mark_lead(panel: axes.Axes, traces: Mapping[str, Trace]) -> str:
     return f": {first} is at {100 * target:.0f} % {many}x sooner"
 
 
-def _tick_logarithmic(axis: axis_lib.Axis) -> None:
+def tick_logarithmic(axis: axis_lib.Axis) -> None:
     """Put a few plain numbers on a logarithmic axis, whatever it spans."""
     low, high = sorted(axis.get_view_interval())
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -145,11 +171,11 @@ def _tick_logarithmic(axis: axis_lib.Axis) -> None:
         marks = [mark for mark in marks if low <= mark <= high]
     every = 1 + max(0, len(marks) - 1) // 7
     axis.set_major_locator(ticker.FixedLocator(marks[::every]))
-    axis.set_major_formatter(_plain())
+    axis.set_major_formatter(plain())
     axis.set_minor_formatter(ticker.NullFormatter())
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def staleness(trace: Trace, name: str) -> figure.Figure:
     """How many updates by others each push had missed, as a histogram."""
     stale = trace.staleness()
@@ -185,7 +211,7 @@ def staleness(trace: Trace, name: str) -> figure.Figure:
     return picture
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def timeline(trace: Trace, name: str, turns: float = 8.0) -> figure.Figure:
     """What each replica did in `turns` usual turns, once all of them are at work.
 
@@ -193,18 +219,18 @@ def timeline(trace: Trace, name: str, turns: float = 8.0) -> figure.Figure:
     gradient; a thin grey line is time on the network or at a shard.
     """
     count = int(trace.header["replicas"])
-    shown = min(count, _MOST_REPLICAS)
+    shown = min(count, MOST_REPLICAS)
     begin, window, unit = _window(trace, turns)
     seen = (trace.start < begin + window) & (trace.time > begin)
     early = trace.take(seen & (trace.replica < shown) & (trace.replica >= 0))
     picture, panel = plt.subplots(figsize=(10.5, max(3, 1.6 + 0.17 * shown)))
     messages = np.isin(early.kind, (trace_lib.FETCH, trace_lib.PUSH))
     panel.add_collection(
-        _bars(early.take(messages), 0.25, unit, facecolor=_GREY, linewidth=0)
+        bars_of(early.take(messages), 0.25, unit, facecolor=GREY, linewidth=0)
     )
     work = early.take(early.kind == trace_lib.COMPUTE)
     carried = _carried(trace, work)
-    bars = _bars(work, 0.8, unit, cmap="viridis", array=carried)
+    bars = bars_of(work, 0.8, unit, cmap="viridis", array=carried)
     # A scale about what is usual; a slow replica would make all others look the same.
     known = carried[np.isfinite(carried)]
     bars.set_clim(0, max(1.0, 2 * float(np.median(known)) if len(known) else 1.0))
@@ -215,14 +241,14 @@ def timeline(trace: Trace, name: str, turns: float = 8.0) -> figure.Figure:
     panel.set(
         xlim=(begin * unit, (begin + window) * unit),
         ylim=(shown - 0.4, -0.6),
-        xlabel=f"{_clock(trace)} ({'s' if unit == 1 else 'ms'}); bars are minibatches, "
-        "grey is on the way or at a shard",
+        xlabel=f"{clock_of(trace)} ({'s' if unit == 1 else 'ms'}); bars are "
+        "minibatches, grey is on the way or at a shard",
         ylabel="replica",
     )
-    panel.xaxis.set_major_formatter(_plain())
+    panel.xaxis.set_major_formatter(plain())
     panel.yaxis.set_major_locator(ticker.MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
     panel.grid(False)
-    who = _replicas(trace) + (f" ({shown} shown)" if shown < count else "")
+    who = replicas(trace) + (f" ({shown} shown)" if shown < count else "")
     busy = 100 * float(trace.utilisation().mean())
     panel.set_title(f"{name}, {who}: computing {busy:.0f} % of the time")
     if len(failed):
@@ -254,7 +280,7 @@ def _window(trace: Trace, turns: float) -> tuple[float, float, float]:
     return begin, length, 1.0 if begin + length >= 1 else 1000.0
 
 
-def _bars(
+def bars_of(
     rows: Trace, height: float, unit: float, **look: Any
 ) -> collections.PolyCollection:
     """Give one bar from `start` to `time` for each row, in its replica's line."""
@@ -288,18 +314,19 @@ def _carried(trace: Trace, work: Trace) -> np.ndarray:
     return result
 
 
-def _replicas(trace: Trace) -> str:
+def replicas(trace: Trace) -> str:
+    """Say how many there are."""
     count = trace.header["replicas"]
     return "1 replica" if count == 1 else f"{count} replicas"
 
 
-def _clock(trace: Trace) -> str:
-    """Name the clock that the Trace's times are of."""
-    runtime = trace.header.get("runtime", "")
-    return {"Emulated": "emulated time", "Threads": "time"}.get(
-        runtime, "time of the run"
-    )
+def clock_of(*traces: Trace) -> str:
+    """Name the clock that the Traces' times are of."""
+    runtimes = {trace.header.get("runtime", "") for trace in traces}
+    names = {"Emulated": "emulated time", "Threads": "time"}
+    return names.get("".join(runtimes), "time of the run")
 
 
-def _plain() -> ticker.Formatter:
+def plain() -> ticker.Formatter:
+    """Give a formatter of numbers as one writes them."""
     return ticker.StrMethodFormatter("{x:,g}")

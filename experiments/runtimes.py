@@ -36,9 +36,21 @@ def make_optimizer(
     return build(options.learning_rate)
 
 
-def make_cluster(config: ml_collections.ConfigDict) -> cluster.Cluster:
-    """Build the emulated machines of `config.cluster`."""
-    return _build_cluster(**config.cluster)
+def make_cluster(
+    config: ml_collections.ConfigDict, minibatches: float = 1.0
+) -> cluster.Cluster:
+    """Build the emulated machines of `config.cluster`.
+
+    Args:
+      config: of the run.
+      minibatches: how many of them are computed at a time; 0.5 for half of one.
+
+    Returns:
+      The machines.
+    """
+    options = config.cluster.to_dict()
+    options["step_time"] *= minibatches
+    return _build_cluster(**options)
 
 
 def make_local(config: ml_collections.ConfigDict) -> cluster.Cluster:

@@ -21,7 +21,7 @@ import rich.table
 
 from dbjax import checkpoint
 from dbjax.trace import Trace
-from experiments import metrics, plots, registry, workloads
+from experiments import metrics, plots, plots_sandblaster, registry, workloads
 from experiments.methods import METHODS, Plan, Session
 
 
@@ -59,7 +59,7 @@ def train_and_evaluate(
     """
     workdir = pathlib.Path(workdir)
     console = console or rich.console.Console()
-    workload, _ = prepare(config)
+    workload, plans = prepare(config)
     claim(workdir, config)
     console.print(workload.describe(), highlight=False, soft_wrap=True)
     outcomes: dict[str, Outcome] = {}
@@ -69,12 +69,15 @@ def train_and_evaluate(
             outcome = _load(workdir / name)
             if outcome is not None:
                 console.print(f"{name}: finished by an earlier call")
-            outcomes[name] = outcome or _run(name, config, workload, workdir, console)
+            outcomes[name] = outcome or _run(
+                name, plans[name], config, workload, workdir, console
+            )
     finally:
         # Also after an error: what the methods before it found is worth a picture.
         if outcomes:
             traces = {name: outcome.trace for name, outcome in outcomes.items()}
             figures = plots.draw(traces, workdir, title=workload.name)
+            figures += plots_sandblaster.draw(traces, workdir, title=workload.name)
     console.print(report(outcomes))
     console.print(f"Figures in {workdir}: {', '.join(file.name for file in figures)}")
     return outcomes
@@ -103,7 +106,7 @@ def prepare(
             f"{', '.join(METHODS)}, each once."
         )
     for key in ("steps", "eval_every", "checkpoint_every"):
-        if config[key] < 1:
+        if config.get(key, 1) < 1:  # batch methods have keys of their own
             raise registry.ConfigError(f"{key} is {config[key]}; it must be 1 or more.")
     with _refusals("workload"):
         workload = workloads.make(config.workload, config.seed)
@@ -111,7 +114,6 @@ def prepare(
     for name in config.methods:
         with _refusals(name):
             plans[name] = METHODS[name].plan(config, workload)
-            plans[name].simulate(1)  # checks the order: replicas, shards, n_push, ...
     return workload, plans
 
 
@@ -127,7 +129,8 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     """
     workdir.mkdir(parents=True, exist_ok=True)
     path, text = workdir / "config.json", json.dumps(config.to_dict(), indent=2)
-    checkpoints = any(workdir.glob("*/checkpoints/*"))
+    folders = ("checkpoints", "warmstart")
+    checkpoints = any(any(workdir.glob(f"*/{folder}/*")) for folder in folders)
     trained = checkpoints or metrics.read(workdir / "metrics.jsonl")
     if path.exists() and trained:
         mine = registry.flatten(json.loads(text))  # tuples as JSON has them
@@ -155,30 +158,39 @@ def report(outcomes: Mapping[str, Outcome]) -> rich.table.Table:
         box=rich.box.SIMPLE, title="on the test data, at the end of the run"
     )
     table.add_column("method", no_wrap=True)
-    columns = ("replicas", "accuracy", "loss", "run's clock", "staleness", "wall")
+    columns = ("replicas", "accuracy", "loss", "clock", "staleness", "wall")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
-    resumed = []
+    notes = []
     for name, (trace, result) in outcomes.items():
+        batch = plots.is_batch(trace)
+        if batch:
+            notes.append(
+                f"{plots.short(name)}: {result['status']} after "
+                f"{result['iterations']:,} iterations, {result['evaluations']:,} "
+                f"evaluations, at {result['value']:.4g}"
+            )
         if since := result["info"].get("resumed_at"):
-            resumed.append(f"{name} since step {since:,}")
+            notes.append(
+                f"wall: {name} since step {since:,}, where it was taken up again"
+            )
         stale = trace.staleness()
         table.add_row(
-            name,
+            plots.short(name),
             str(trace.header["replicas"]),
             f"{result['test_accuracy']:.1%}",
             f"{result['test_loss']:.3f}",
             f"{result['time']:,.1f} s",
-            f"{stale[stale >= 0].mean():.1f}",
+            "-" if batch else f"{stale[stale >= 0].mean():.1f}",
             f"{result['wall']:.1f} s",
         )
-    if resumed:
-        table.caption = f"wall: {', '.join(resumed)}, where it was taken up again"
+    table.caption = "\n".join(notes) or None
     return table
 
 
 def _run(
     name: str,
+    plan: Plan,
     config: ml_collections.ConfigDict,
     workload: workloads.Workload,
     workdir: pathlib.Path,
@@ -191,8 +203,8 @@ def _run(
     with metrics.Writer(
         workdir,
         name,
-        steps=config.steps,
-        batch_size=workload.batch_size,
+        steps=plan.steps,
+        batch_size=plan.batch_size,
         console=console,
     ) as writer:
 
@@ -206,9 +218,12 @@ def _run(
             console.print(f"{name}: goes on from its checkpoint of step {found[-1]:,}")
         with _refusals(name, unless=lambda: writer.rows_written > 0):
             run = METHODS[name].run(config, workload, session)
+        writer.complete(run.trace.evaluations)
+    ended = ("status", "iterations", "evaluations", "value")  # of a batch method
     result = {
-        "step": config.steps,
-        "time": run.trace.duration(),
+        "step": run.trace.evaluations[-1]["step"],
+        "time": _seconds(run.trace),
+        **{name: getattr(run, name) for name in ended if hasattr(run, name)},
         **workload.evaluate(run.params),
         "wall": time.perf_counter() - begin,
         "info": _plain(run.info),
@@ -217,6 +232,13 @@ def _run(
     # Last, as it is what says that the method has finished.
     metrics.replace(folder / "result.json", json.dumps(result, indent=2) + "\n")
     return Outcome(run.trace, result)
+
+
+def _seconds(trace: Trace) -> float:
+    """Say how long the run took by its own clock, with its warm start."""
+    if plots.is_batch(trace):
+        return trace.evaluations[-1]["time"]
+    return trace.duration()
 
 
 def _load(folder: pathlib.Path) -> Outcome | None:

@@ -33,7 +33,9 @@ class Workload:
       data: gives `batch(replica, step)`.
       batch_size: examples in one minibatch.
       evaluate: `evaluate(params) -> {"test_loss", "test_accuracy", ...}`, on data that
-        is never trained on.
+        is never trained on; `"train_loss"` is what is minimised, penalties included.
+      fixed: all that there is to train on, for methods that need the whole of it; None
+        where training data has no end.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Workload:
     data: Data
     batch_size: int
     evaluate: Callable[[Params], dict[str, float]]
+    fixed: Batch | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -67,31 +70,39 @@ def digits(
     rotation: float = 12.0,
     zoom: float = 0.12,
     noise: float = 0.1,
+    activation: str = "relu",
+    train_on: str = "stream",
+    fixed_examples: int = 10_000,
 ) -> Workload:
     """Handwritten digits: 1,797 real images of 8 x 8 pixels, from scikit-learn.
 
-    Training sees an endless stream of moved, turned and noisy versions of 1,300 of
-    them; the other 497 are the test, the same for every seed, and stay as they are.
+    Training sees moved, turned and noisy versions of 1,300 of them; the other 497 are
+    the test, the same for every seed, and stay as they are.
 
     Args:
       seed: seeds the stream.
       batch_size: examples in a minibatch.
-      hidden: units in each hidden layer (ReLU).
+      hidden: units in each hidden layer.
       shift: as for `streams.AugmentedImages`, as are the following.
       rotation: in degrees.
       zoom: a relative size.
       noise: a standard deviation.
+      activation: of the hidden layers, "relu" or "sigmoid".
+      train_on: "stream", versions without end; "fixed", the first `fixed_examples` of
+        them; "images", the 1,300 as they are. A batch method needs one of the latter.
+      fixed_examples: see `train_on`.
 
     Returns:
       The workload.
     """
     from sklearn import datasets
 
+    function = registry.choose("workload.activation", activation, _ACTIVATIONS)
     bunch = datasets.load_digits()
     images = (bunch.images / 16).astype(np.float32)
     labels = bunch.target.astype(np.int32)
     train, test = _split(len(labels), held_out=497)
-    data = streams.AugmentedImages(
+    stream = streams.AugmentedImages(
         images[train],
         labels[train],
         batch_size,
@@ -101,21 +112,39 @@ def digits(
         zoom=zoom,
         noise=noise,
     )
+    flat = images.reshape(-1, 64) - stream.mean
+    plain = {"image": flat[train], "label": labels[train]}
+    fixed = registry.choose(
+        "workload.train_on",
+        train_on,
+        {
+            "stream": lambda: None,
+            "fixed": lambda: _first(stream, fixed_examples),
+            "images": lambda: plain,
+        },
+    )()
+    data = stream if fixed is None else dbjax.from_arrays(fixed, batch_size, seed=seed)
+    what = {
+        "stream": "augmented without end",
+        "fixed": f"{fixed_examples:,} augmented versions",
+        "images": f"{len(train):,} of them",
+    }
     sizes = (64, *hidden, 10)
-    network = _Network(sizes, jax.nn.relu, inputs="image", labels="label")
-    flat = images.reshape(-1, 64) - data.mean
+    network = _Network(sizes, function, inputs="image", labels="label")
     return Workload(
         "digits",
-        f"8 x 8 images, augmented without end, network {_arrows(sizes)}",
+        f"8 x 8 images, {what[train_on]}, network {_arrows(sizes)}",
         network.init,
         network.loss,
         data,
         batch_size,
         _evaluation(
             network.scores,
+            network.loss,
             test={"image": flat[test], "label": labels[test]},
-            train={"image": flat[train], "label": labels[train]},
+            train=plain if fixed is None else fixed,
         ),
+        fixed,
     )
 
 
@@ -161,7 +190,8 @@ def breast_cancer(*, seed: int, batch_size: int = 16, l2: float = 1e-3) -> Workl
         loss,
         dbjax.from_arrays(rows(train), batch_size, seed=seed),
         batch_size,
-        _evaluation(scores, test=rows(test), train=rows(train)),
+        _evaluation(scores, loss, test=rows(test), train=rows(train)),
+        fixed=rows(train),
     )
 
 
@@ -201,7 +231,7 @@ def speech_frames(
         network.loss,
         data,
         batch_size,
-        _evaluation(network.scores, test=data.held_out(test_size)),
+        _evaluation(network.scores, network.loss, test=data.held_out(test_size)),
     )
 
 
@@ -231,6 +261,9 @@ def make(config: ml_collections.ConfigDict, seed: int) -> Workload:
     for name in options:
         registry.choose("a key of workload", name, dict.fromkeys(allowed))
     return build(seed=seed, **options)
+
+
+_ACTIVATIONS = {"relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,15 +297,23 @@ class _Network:
         return self.scores(params, batch)[0].mean()
 
 
-def _evaluation(scores: Callable[..., Any], **splits: Batch) -> Callable[..., Any]:
-    """Make `evaluate(params)`: mean loss and accuracy on each of the splits."""
+def _evaluation(
+    scores: Callable[..., Any], loss: LossFn, **splits: Batch
+) -> Callable[..., Any]:
+    """Make `evaluate(params)`: loss and accuracy on each of the splits.
+
+    On "train" the loss is the one that is minimised; elsewhere it has no penalty.
+    """
 
     @jax.jit
     def measure(params: Params, splits: Mapping[str, Batch]) -> dict[str, jax.Array]:
         results = {}
         for name, batch in splits.items():
             losses, right = scores(params, batch)
-            results[f"{name}_loss"] = losses.mean()
+            minimised = name == "train"
+            results[f"{name}_loss"] = (
+                loss(params, batch) if minimised else losses.mean()
+            )
             results[f"{name}_accuracy"] = right.mean()
         return results
 
@@ -280,6 +321,16 @@ def _evaluation(scores: Callable[..., Any], **splits: Batch) -> Callable[..., An
         return {name: float(value) for name, value in measure(params, splits).items()}
 
     return evaluate
+
+
+def _first(stream: streams.AugmentedImages, count: int) -> Batch:
+    """Give the first examples that replica 0 of a stream would see."""
+    steps = np.arange(-(-count // stream.batch_size))
+    batches = stream.batches(np.zeros_like(steps), steps)
+    return {
+        name: values.reshape(-1, *values.shape[2:])[:count]
+        for name, values in batches.items()
+    }
 
 
 def _split(count: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 
-from experiments.methods import downpour, sgd
+from experiments.methods import downpour, sandblaster, sgd
 from experiments.methods.base import Method, Plan, Session
 
 METHODS: Mapping[str, Method] = {
     "sgd": Method(sgd.plan, sgd.run),
     "downpour": Method(downpour.plan, downpour.run),
+    **sandblaster.methods(),
 }
 
 __all__ = ["METHODS", "Method", "Plan", "Session"]

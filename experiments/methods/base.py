@@ -5,9 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ml_collections
-import optax
 
-from dbjax.trace import Trace
 from dbjax.typing import EvalFn
 from experiments.workloads import Workload
 
@@ -16,7 +14,8 @@ class Session(NamedTuple):
     """What `train.py` lends a method for one run.
 
     Attributes:
-      evaluate: to be called every `config.eval_every` minibatches and at the end.
+      evaluate: to be called with the step as the method counts it, now and then, and
+        at the end.
       checkpoints: the folder for them.
     """
 
@@ -28,21 +27,34 @@ class Plan(NamedTuple):
     """What a run would take, before it runs.
 
     Attributes:
-      optimizer: the rule that is run.
-      copies: of the parameters, held at once at most; optimizer state not counted.
-      simulate: `simulate(steps) -> trace`, the order of the run without its training.
+      steps: of the run, as its evaluations count them.
+      evaluations: how often `Session.evaluate` would be called.
+      copies: of the parameters, held at once at most.
+      state: bytes of optimizer state beside them.
+      saved: copies in a checkpoint, which holds the optimizer state too.
+      work: `work()` gives `do(i)`, the computing of one minibatch, or of one portion;
+        it returns when that is done.
+      count: how often `do` would be called.
+      clock: `clock()` emulates the run without its training; seconds.
+      batch_size: examples in a step, where all steps have as many; else None.
     """
 
-    optimizer: optax.GradientTransformation
+    steps: int
+    evaluations: int
     copies: int
-    simulate: Callable[[int], Trace]
+    state: int
+    saved: int
+    work: Callable[[], Callable[[int], None]]
+    count: int
+    clock: Callable[[], float]
+    batch_size: int | None = None
 
 
 class Method(NamedTuple):
     """A way to find parameters.
 
     Attributes:
-      plan: `plan(config, workload) -> Plan`.
+      plan: `plan(config, workload) -> Plan`; refuses what could not be run.
       run: `run(config, workload, session) -> run`, with `.params`, `.trace` and
         `.info`, that resumes from `session.checkpoints` if there is something.
     """

@@ -8,6 +8,7 @@ import dbjax
 from dbjax.downpour.run import Run
 from dbjax.trace import Trace
 from experiments import registry, runtimes
+from experiments.methods import minibatches
 from experiments.methods.base import Plan, Session
 from experiments.workloads import Workload
 
@@ -29,7 +30,9 @@ def plan(config: ml_collections.ConfigDict, workload: Workload) -> Plan:
     def simulate(steps: int) -> Trace:
         return dbjax.simulate(machines, steps=steps, seed=config.seed, **_order(config))
 
-    return Plan(
+    return minibatches.plan(
+        config,
+        workload,
         optimizer=runtimes.make_optimizer("downpour", options),
         copies=(2 if accrual else 1) * options.replicas + 4,
         simulate=simulate,
@@ -38,43 +41,13 @@ def plan(config: ml_collections.ConfigDict, workload: Workload) -> Plan:
 
 def run(config: ml_collections.ConfigDict, workload: Workload, session: Session) -> Run:
     """Run it."""
-    return train(
+    return minibatches.train(
         config,
         workload,
         session,
         optimizer=runtimes.make_optimizer("downpour", config.downpour),
         runtime=runtimes.make_runtime(config, runtimes.make_cluster(config)),
         **_order(config),
-    )
-
-
-def train(
-    config: ml_collections.ConfigDict,
-    workload: Workload,
-    session: Session,
-    **options: Any,
-) -> Run:
-    """Call `dbjax.downpour.train` with what all methods on it have in common.
-
-    Args:
-      config: of the run.
-      workload: what is trained.
-      session: lent by `train.py`.
-      **options: the method's own arguments.
-
-    Returns:
-      The run.
-    """
-    return dbjax.downpour.train(
-        workload.loss,
-        workload.init(config.seed),
-        workload.data,
-        steps=config.steps,
-        eval_fn=session.evaluate,
-        eval_every=config.eval_every,
-        checkpoint_dir=session.checkpoints,
-        checkpoint_every=config.checkpoint_every,
-        **options,
     )
 
 

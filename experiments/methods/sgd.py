@@ -11,21 +11,22 @@ import dbjax
 from dbjax.downpour.run import Run
 from dbjax.trace import Trace
 from experiments import runtimes
-from experiments.methods import downpour
+from experiments.methods import minibatches
 from experiments.methods.base import Plan, Session
 from experiments.workloads import Workload
 
 
 def plan(config: ml_collections.ConfigDict, workload: Workload) -> Plan:
     """Say what the run would take."""
-    del workload
     machine = runtimes.make_local(config)
     runtimes.make_runtime(config, machine)
 
     def simulate(steps: int) -> Trace:
         return dbjax.simulate(machine, replicas=1, steps=steps, seed=config.seed)
 
-    return Plan(
+    return minibatches.plan(
+        config,
+        workload,
         optimizer=runtimes.make_optimizer("sgd", config.sgd),
         copies=5,
         simulate=simulate,
@@ -34,7 +35,7 @@ def plan(config: ml_collections.ConfigDict, workload: Workload) -> Plan:
 
 def run(config: ml_collections.ConfigDict, workload: Workload, session: Session) -> Run:
     """Run it."""
-    return downpour.train(
+    return minibatches.train(
         config,
         workload,
         session,

@@ -73,7 +73,7 @@ def test_no_legend_covers_a_curve_and_nothing_is_clipped(two):
 @pytest.mark.parametrize("factor", [1.001, 1.05, 1.3, 3.0, 30.0, 1e4, 1e30])
 def test_a_logarithmic_axis_has_a_few_plain_numbers(low, factor):
     panel = plots.plt.figure().add_subplot(yscale="log", ylim=(low, low * factor))
-    plots._tick_logarithmic(panel.yaxis)
+    plots.tick_logarithmic(panel.yaxis)
     marks = panel.yaxis.get_majorticklocs()
     assert 3 <= len(marks) <= 9
     assert (marks >= low).all() and (marks <= low * factor).all()

@@ -1,0 +1,369 @@
+"""Sandblaster: batch methods on a fixed set of examples, cut in portions.
+
+`KINDS` names them; each is the method `sandblaster_<name>`. All share the config's part
+`sandblaster`, whose keys are the fields of `Options`. A warm start is Downpour, or SGD
+with one replica, on the same machines; the run's clock and evaluations begin with it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+
+import dbjax
+from dbjax import sandblaster
+from dbjax.data import ArrayData
+from dbjax.sandblaster.batches import Batches
+from dbjax.sandblaster.methods import Method as BatchMethod
+from dbjax.sandblaster.schedule import STRATEGIES, ideal_seconds
+from dbjax.typing import Params
+from experiments import registry, runtimes
+from experiments.methods import minibatches
+from experiments.methods.base import Method, Plan, Session
+from experiments.workloads import Workload
+
+
+class Options(NamedTuple):
+    """What `config.sandblaster` may hold; `minimize` knows more of most.
+
+    Attributes:
+      replicas, shards, iterations, tolerance, push_every, strategy, copies: as there.
+      portion_size: examples in a portion.
+      memory_size: pairs that L-BFGS and its relatives keep.
+      l1: weight of the L1 norm, for `owlqn`.
+      lower, upper: the bounds of every parameter, for `box`.
+      batches: "full", "multi" or "progressive".
+      batch_portions: portions in a sample, or in the first batch.
+      overlap: the share of a sample that is in the next one too, for "multi".
+      theta, growth: how much noise is allowed, and the most that a batch grows by at
+        once, for "progressive".
+      eval_every, checkpoint_every: iterations between them.
+      warmstart_steps: minibatches before the first iteration.
+      warmstart_replicas, warmstart_optimizer, warmstart_learning_rate: who computes
+        them, and how.
+    """
+
+    replicas: int = 8
+    shards: int = 1
+    portion_size: int = 50
+    iterations: int = 100
+    tolerance: float = 1e-5
+    push_every: int = 4
+    strategy: str = "backups"
+    copies: int = 4
+    memory_size: int = 10
+    l1: float = 0.001
+    lower: float = -1.0
+    upper: float = 1.0
+    batches: str = "full"
+    batch_portions: int = 8
+    overlap: float = 0.25
+    theta: float = 0.9
+    growth: float = 4.0
+    eval_every: int = 1
+    checkpoint_every: int = 20
+    warmstart_steps: int = 0
+    warmstart_replicas: int = 1
+    warmstart_optimizer: str = "sgd"
+    warmstart_learning_rate: float = 0.1
+
+
+class Kind(NamedTuple):
+    """A batch method by name.
+
+    Attributes:
+      build: `build(options) -> method`.
+      vectors: `vectors(options)`, how many there are on the shards.
+      evaluations: of the batch that an iteration usually takes.
+    """
+
+    build: Callable[[Options], BatchMethod]
+    vectors: Callable[[Options], int]
+    evaluations: float
+
+
+_HAND = 6  # vectors that every method has: x, x+, g, g+, d, y+
+
+KINDS: Mapping[str, Kind] = {
+    "lbfgs": Kind(
+        lambda o: sandblaster.LBFGS(memory_size=o.memory_size),
+        lambda o: _HAND + 1 + 2 * o.memory_size,
+        evaluations=1.1,
+    ),
+    "gradient_descent": Kind(
+        lambda o: sandblaster.GradientDescent(), lambda o: _HAND, evaluations=1.2
+    ),
+    "conjugate_gradient": Kind(
+        lambda o: sandblaster.ConjugateGradient(), lambda o: _HAND, evaluations=2.0
+    ),
+    "owlqn": Kind(
+        lambda o: sandblaster.OWLQN(o.l1, memory_size=o.memory_size),
+        lambda o: _HAND + 6 + 2 * o.memory_size,
+        evaluations=1.2,
+    ),
+    "box": Kind(
+        lambda o: sandblaster.BoxLBFGS(o.lower, o.upper, memory_size=o.memory_size),
+        lambda o: _HAND + 5 + 2 * o.memory_size,
+        evaluations=1.2,
+    ),
+}
+
+BATCHES: Mapping[str, Callable[[Options, int], Batches]] = {
+    "full": lambda o, seed: sandblaster.FullBatch(),
+    "multi": lambda o, seed: sandblaster.MultiBatch(
+        o.batch_portions, overlap=o.overlap, seed=seed
+    ),
+    "progressive": lambda o, seed: sandblaster.ProgressiveBatch(
+        o.batch_portions, theta=o.theta, growth=o.growth, seed=seed
+    ),
+}
+_BATCH_VECTORS = {"full": 0, "multi": 4, "progressive": 1}
+
+
+def methods() -> dict[str, Method]:
+    """Give all of them by the names that configs use."""
+    return {
+        f"sandblaster_{name}": Method(
+            functools.partial(_plan, kind), functools.partial(_run, kind)
+        )
+        for name, kind in KINDS.items()
+    }
+
+
+def options_of(config: ml_collections.ConfigDict) -> Options:
+    """Read `config.sandblaster`.
+
+    Raises:
+      registry.ConfigError: it has a key that does not exist.
+    """
+    given = config.sandblaster.to_dict()
+    for name in given:
+        registry.choose("a key of sandblaster", name, dict.fromkeys(Options._fields))
+    return Options(**given)
+
+
+def _plan(kind: Kind, config: ml_collections.ConfigDict, workload: Workload) -> Plan:
+    """Say what the run would take."""
+    options = options_of(config)
+    data = _portions(options, workload)
+    _check(options, data, config.seed)
+    kind.build(options)
+    machines = _cluster(config, options, workload)
+    runtimes.make_runtime(config, machines)
+    size = minibatches.num_bytes(jax.eval_shape(workload.init, config.seed))
+    vectors = kind.vectors(options) + _BATCH_VECTORS[options.batches]
+    sampled = options.batches == "multi"
+    portions = options.batch_portions if sampled else data.num_portions
+    emulate = functools.partial(
+        sandblaster.schedule, machines, replicas=options.replicas, portions=portions,
+        shards=options.shards, strategy=options.strategy,
+        push_every=options.push_every, copies=options.copies, seed=config.seed,
+        parameter_bytes=size,
+    )  # fmt: skip
+    emulate()
+    evaluations = round(kind.evaluations * options.iterations) + 1
+
+    def clock() -> float:
+        some = min(evaluations, 10)
+        seconds = evaluations * float(emulate(evaluations=some).seconds.mean())
+        return seconds + _emulate_warm_start(config, options)
+
+    # The emulation adds one sum after another; on threads each replica has its own.
+    holders = 1 if config.runtime == "emulated" else options.replicas
+    warm = options.warmstart_steps * workload.batch_size / options.portion_size
+    return Plan(
+        steps=options.iterations,
+        evaluations=options.iterations // options.eval_every + 1,
+        copies=vectors + 2 * holders + 1,
+        state=0,
+        saved=vectors,
+        work=functools.partial(_work, workload, data, config.seed),
+        count=evaluations * portions + round(warm),
+        clock=clock,
+    )
+
+
+def _run(
+    kind: Kind, config: ml_collections.ConfigDict, workload: Workload, session: Session
+) -> sandblaster.Run:
+    """Run it, after its warm start."""
+    options = options_of(config)
+    params, before, seconds = _warm_start(config, options, workload, session)
+
+    def evaluate(params: Params, step: int, time: float) -> Mapping[str, float]:
+        return session.evaluate(params, step, seconds + time)
+
+    data = _portions(options, workload)
+    machines = _cluster(config, options, workload)
+    run = sandblaster.minimize(
+        workload.loss,
+        params,
+        data,
+        method=kind.build(options),
+        batches=BATCHES[options.batches](options, config.seed),
+        replicas=options.replicas,
+        shards=options.shards,
+        iterations=options.iterations,
+        tolerance=options.tolerance,
+        push_every=options.push_every,
+        strategy=options.strategy,
+        copies=options.copies,
+        seed=config.seed,
+        eval_fn=evaluate,
+        eval_every=options.eval_every,
+        checkpoint_dir=session.checkpoints,
+        checkpoint_every=options.checkpoint_every,
+        runtime=runtimes.make_runtime(config, machines),
+    )
+    # If nothing had to wait for anything; iterations take more than one evaluation.
+    portions = run.info.portions_evaluated / max(1, run.iterations)
+    header = {
+        **run.trace.header,
+        "examples": data.num_examples,
+        "seconds_per_iteration": dict(run.info.seconds_per_iteration),
+        "ideal_seconds_per_iteration": portions
+        * ideal_seconds(machines, options.replicas, 1, config.seed),
+    }
+    each = data.num_examples / data.num_portions
+    begun = options.warmstart_steps * workload.batch_size
+    after = [
+        {
+            **row,
+            "time": row["time"] + seconds,
+            "examples": begun + round(each * row["portions"]),
+        }
+        for row in run.trace.evaluations
+    ]
+    trace = dataclasses.replace(
+        run.trace,
+        header=header,
+        evaluations=(*before, *after),
+        time=run.trace.time + seconds,
+        start=run.trace.start + seconds,
+    )
+    return run._replace(trace=trace)
+
+
+def _warm_start(
+    config: ml_collections.ConfigDict,
+    options: Options,
+    workload: Workload,
+    session: Session,
+) -> tuple[Params, list[dict[str, Any]], float]:
+    """Train with minibatches first.
+
+    Its evaluations count down to step 0, with which the first iteration begins.
+
+    Returns:
+      Parameters, the evaluations, and the seconds it took.
+    """
+    steps = options.warmstart_steps
+    if not steps:
+        return workload.init(config.seed), [], 0.0
+
+    def evaluate(params: Params, step: int, time: float) -> Mapping[str, float]:
+        return session.evaluate(params, step - steps, time)
+
+    run = dbjax.downpour.train(
+        workload.loss,
+        workload.init(config.seed),
+        workload.data,
+        optimizer=_warm_optimizer(options),
+        replicas=options.warmstart_replicas,
+        shards=options.shards,
+        steps=steps,
+        eval_fn=evaluate,
+        eval_every=min(steps, config.get("eval_every", steps)),
+        checkpoint_dir=session.checkpoints.with_name("warmstart"),
+        checkpoint_every=steps,
+        runtime=runtimes.make_runtime(config, runtimes.make_cluster(config)),
+    )
+    rows = [
+        {
+            **row,
+            "step": row["step"] - steps,
+            "examples": row["step"] * workload.batch_size,
+        }
+        for row in run.trace.evaluations
+        if row["step"] < steps
+    ]
+    return run.params, rows, float(run.trace.time.max())
+
+
+def _check(options: Options, data: ArrayData, seed: int) -> None:
+    """Raise if the run could not be, where `schedule` does not say so.
+
+    Raises:
+      registry.ConfigError: naming the key.
+      ValueError: the library says what is wrong.
+    """
+    for key in ("iterations", "eval_every", "checkpoint_every"):
+        if getattr(options, key) < 1:
+            raise registry.ConfigError(
+                f"sandblaster.{key} is {getattr(options, key)}; it must be 1 or more."
+            )
+    for key in ("tolerance", "warmstart_steps"):
+        if not getattr(options, key) >= 0:
+            raise registry.ConfigError(
+                f"sandblaster.{key} is {getattr(options, key)}; it must be 0 or more."
+            )
+    registry.choose("sandblaster.strategy", options.strategy, dict.fromkeys(STRATEGIES))
+    build = registry.choose("sandblaster.batches", options.batches, BATCHES)
+    build(options, seed).check(data.num_portions)
+    if options.warmstart_steps:
+        _warm_optimizer(options)
+
+
+def _warm_optimizer(options: Options) -> Any:
+    build = registry.choose(
+        "sandblaster.warmstart_optimizer",
+        options.warmstart_optimizer,
+        runtimes.OPTIMIZERS,
+    )
+    return build(options.warmstart_learning_rate)
+
+
+def _emulate_warm_start(config: ml_collections.ConfigDict, options: Options) -> float:
+    if not options.warmstart_steps:
+        return 0.0
+    return dbjax.simulate(
+        runtimes.make_cluster(config),
+        replicas=options.warmstart_replicas,
+        shards=options.shards,
+        steps=options.warmstart_steps,
+        seed=config.seed,
+    ).duration()
+
+
+def _cluster(
+    config: ml_collections.ConfigDict, options: Options, workload: Workload
+) -> dbjax.Cluster:
+    """The config's machines; a portion takes them as long as its examples should."""
+    return runtimes.make_cluster(config, options.portion_size / workload.batch_size)
+
+
+def _portions(options: Options, workload: Workload) -> ArrayData:
+    """Cut the workload's examples."""
+    if workload.fixed is None:
+        raise registry.ConfigError(
+            f"a batch method needs a fixed set of examples, which {workload.name} does "
+            "not have as it is configured; digits has one with "
+            "workload.train_on='fixed', breast_cancer always."
+        )
+    return dbjax.from_arrays(
+        workload.fixed, workload.batch_size, portion_size=options.portion_size
+    )
+
+
+def _work(workload: Workload, data: ArrayData, seed: int) -> Callable[[int], None]:
+    """Give the computing of one portion's gradient."""
+    gradient = jax.jit(jax.value_and_grad(workload.loss))
+    params = workload.init(seed)
+
+    def do(i: int) -> None:
+        jax.block_until_ready(gradient(params, data.portion(i % data.num_portions)))
+
+    return do
