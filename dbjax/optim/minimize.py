@@ -22,7 +22,7 @@ from dbjax.optim.status import (
 )
 from dbjax.typing import Gradients, Params
 
-PATIENCE = 20  # iterations without a new best value before the loop gives up
+PATIENCE = 30  # evaluations without a lower value before the loop gives up
 
 
 class MinimizeResult(NamedTuple):
@@ -61,7 +61,9 @@ class _Loop(NamedTuple):
     status: jax.Array
     iterations: jax.Array
     evaluations: jax.Array
-    stalled: jax.Array
+    fallen: jax.Array  # the value when it last fell by more than rounding
+    stalled: jax.Array  # evaluations since then
+    failed: jax.Array  # whether the last search found nothing
 
 
 def minimize(
@@ -89,7 +91,8 @@ def minimize(
         max_iterations: steps at most.
         gradient_tolerance: stop when no gradient entry exceeds this.
         value_tolerance: a value counts as fallen only if it falls by more than this
-          share of its absolute value; after 20 that did not fall the loop stops.
+          share of its absolute value, and by more than rounding; after 30 evaluations
+          in which it has not, the loop stops.
 
     Returns:
         The best parameters found, and why the loop stopped.
@@ -135,14 +138,16 @@ def minimize(
         else:
             value, grad, spent = search.value, search.grad, search.evaluations
             value = value.astype(loop.value.dtype)
-            failed, verdict = _failed(loop.state, search)
+            failed = search.learning_rate == 0
+            verdict = _verdict(search, state, loop.value)
         size = _largest(grad)
         finite = jnp.isfinite(value) & jnp.isfinite(size)
-        floor = value_tolerance * jnp.abs(loop.best[1])
-        falls = finite & (value < loop.best[1] - floor)
         closed = finite & (size <= gradient_tolerance)
-        better = (finite & (value < loop.best[1])) | closed
-        stalled = jnp.where(falls, 0, loop.stalled + 1)
+        floor = jnp.maximum(value_tolerance, 10 * jnp.finfo(value.dtype).eps)
+        falls = finite & (value < loop.fallen - floor * jnp.abs(loop.fallen))
+        stalled = jnp.where(falls, 0, loop.stalled + spent)
+        flatter = (value == loop.best[1]) & (size < loop.best[2])
+        better = closed | finite & ((value < loop.best[1]) | flatter)
         iterations = loop.iterations + 1
         return _Loop(
             params=params,
@@ -153,24 +158,29 @@ def minimize(
             status=_first(
                 (closed, CONVERGED),
                 (~finite, NOT_FINITE),
-                (failed, verdict),
+                (failed & loop.failed, verdict),
                 (stalled >= PATIENCE, SMALL_STEP),
                 (iterations >= max_iterations, LIMIT),
             ),
             iterations=iterations,
             evaluations=loop.evaluations + spent,
+            fallen=jnp.where(falls, value, loop.fallen),
             stalled=stalled,
+            failed=failed | jnp.asarray(no_history),
         )
 
     params = jax.tree.map(jnp.asarray, params)
     value, grad = evaluate(params)
     size = _largest(grad)
+    first = state is None  # the first direction is then the gradient
+    state = optimizer.init(params) if first else state
+    no_history = _found(state, ScaleByLBFGSState) is None
     start = _Loop(
         params=params,
         value=value,
         grad=grad,
         best=(params, value, size),
-        state=optimizer.init(params) if state is None else state,
+        state=state,
         status=_first(
             (~(jnp.isfinite(value) & jnp.isfinite(size)), NOT_FINITE),
             (size <= gradient_tolerance, CONVERGED),
@@ -178,7 +188,9 @@ def minimize(
         ),
         iterations=jnp.zeros([], jnp.int32),
         evaluations=jnp.ones([], jnp.int32),
+        fallen=value,
         stalled=jnp.zeros([], jnp.int32),
+        failed=jnp.asarray(first or no_history),
     )
     end = jax.lax.while_loop(lambda loop: loop.status == RUNNING, body, start)
     return MinimizeResult(
@@ -193,14 +205,17 @@ def _found(state: Any, kind: type) -> Any:
     return found[0] if len(found) == 1 else None
 
 
-def _failed(before: Any, search: ScaleByLineSearchState) -> tuple[jax.Array, jax.Array]:
-    """Whether a search found nothing although the direction was the gradient."""
-    direction = _found(before, ScaleByLBFGSState)
-    failed = search.learning_rate == 0
-    if direction is not None:  # with a history there is another try, without it
-        failed &= direction.products.pairs == 0
-    inconsistent = search.status == words.INCONSISTENT
-    return failed, jnp.where(inconsistent, INCONSISTENT, SEARCH_FAILED)
+def _verdict(search: ScaleByLineSearchState, state: Any, value: jax.Array) -> jax.Array:
+    """The status to end with if this search has found nothing along the gradient."""
+    direction = _found(state, ScaleByLBFGSState)
+    promise = jnp.inf if direction is None else direction.products.slope
+    lost = promise <= words.noise(value)
+    return _first(
+        (search.status == words.INCONSISTENT, INCONSISTENT),
+        (search.status == words.NOT_FINITE, NOT_FINITE),
+        (lost | (search.status == words.LOST), SMALL_STEP),
+        (jnp.ones([], bool), SEARCH_FAILED),
+    )
 
 
 def _first(*cases: tuple[jax.Array, Any]) -> jax.Array:

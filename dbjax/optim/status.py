@@ -32,7 +32,7 @@ class Status(enum.StrEnum):
     CONVERGED = "converged"
     """No gradient entry exceeds the tolerance."""
     SMALL_STEP = "small step"
-    """The value has stopped falling: what is left is lost in rounding."""
+    """The value has stopped falling, or what is left to gain is lost in rounding."""
     SEARCH_FAILED = "line search failed"
     """No smaller value along the direction, nor along the gradient."""
     NOT_FINITE = "not finite"

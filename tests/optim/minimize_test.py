@@ -95,6 +95,9 @@ def test_a_batch_of_problems_where_one_fails():
     np.testing.assert_allclose(batch.params, [[1, 1], [0, 0], [1, 1]], atol=1e-4)
 
 
+START = np.array([-1.2, 0.5], np.float32)
+
+
 @jax.custom_vjp
 def lying(x):
     return jnp.sum(x**2)
@@ -108,13 +111,27 @@ def walled(x):
     return jnp.where(x[0] < 1, jnp.sum((x - 0.9) ** 2), jnp.nan) * 1e3
 
 
+def walled_in(x):
+    """Finite at the start alone, where it has a slope."""
+    return jnp.where(jnp.all(x == START), jnp.sum(x), jnp.nan)
+
+
+def kink(x):
+    return jnp.sum(jnp.maximum(3 * x, -0.5 * x))
+
+
 ENDS = {
     "constant": (CONVERGED, lambda x: 0.0 * jnp.sum(x)),
     "start not finite": (NOT_FINITE, lambda x: jnp.nan * jnp.sum(x)),
     "lying gradient": (INCONSISTENT, lying),
-    "kink": (SEARCH_FAILED, lambda x: jnp.sum(jnp.maximum(3 * x - 3, -0.5 * x))),
+    "kink at the start": (SEARCH_FAILED, lambda x: kink(x - START)),
+    "kink on the way": (SMALL_STEP, lambda x: kink(x - 1)),
+    "lost in rounding": (SMALL_STEP, lambda x: rosenbrock(3e3 * x) + 1e7),
+    "a wall all around": (NOT_FINITE, walled_in),
     "limit": (LIMIT, rosenbrock),
     "a wall": (CONVERGED, walled),
+    "at the minimum": (CONVERGED, lambda x: jnp.sum((x - START) ** 2)),
+    "negative values": (CONVERGED, lambda x: jnp.sum((x - 1) ** 2) - 1e3),
 }
 
 
@@ -130,9 +147,6 @@ def ender():
             **dict(max_iterations=limit, gradient_tolerance=1e-2),
         )
     )
-
-
-START = np.array([-1.2, 0.5], np.float32)
 
 
 @pytest.mark.parametrize("name", ENDS)

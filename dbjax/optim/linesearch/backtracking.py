@@ -19,8 +19,7 @@ class BacktrackingState(NamedTuple):
         status: int32, a constant of `words`.
         evaluations: int32, evaluations so far.
         start: the point at step 0.
-        any_finite: whether a step tried was finite.
-        contradicts: whether values and slopes seem to contradict each other.
+        failure: int32, the status to end with if nothing better is found.
         verdict: int32, the status to end with after step 0 is evaluated again;
             `SEARCHING` before that.
     """
@@ -30,8 +29,7 @@ class BacktrackingState(NamedTuple):
     status: jax.Array
     evaluations: jax.Array
     start: Point
-    any_finite: jax.Array
-    contradicts: jax.Array
+    failure: jax.Array
     verdict: jax.Array
 
 
@@ -89,8 +87,7 @@ def backtracking(
             status=jnp.where(starts, words.SEARCHING, failure).astype(jnp.int32),
             evaluations=jnp.zeros([], jnp.int32),
             start=Point(jnp.zeros_like(value), value, slope),
-            any_finite=jnp.zeros([], bool),
-            contradicts=jnp.zeros([], bool),
+            failure=jnp.asarray(words.LOST, jnp.int32),
             verdict=jnp.zeros([], jnp.int32),
         )
 
@@ -101,15 +98,14 @@ def backtracking(
         start, t = state.start, state.trial
         now = Point(t, jnp.asarray(value, dtype), jnp.asarray(slope, dtype))
         finite = jnp.isfinite(now.value) & jnp.isfinite(now.slope)
-        level = words.noise(start, value_rtol)
-        contradicts = words.contradicts(start, now, level, state.contradicts)
-        now = words.see_through_noise(start, now, level, ~contradicts)
+        level = words.noise(start.value, value_rtol)
+        failure = words.failure(start, now, level, state.failure)
+        failure = jnp.where(finite, failure, words.NOT_FINITE).astype(jnp.int32)
+        trusted = failure != words.INCONSISTENT
+        now = words.see_through_noise(start, now, level, trusted)
         found = finite & (now.value <= start.value + decrease * t * start.slope)
         evaluations = state.evaluations + 1
-        any_finite = state.any_finite | finite
 
-        failure = jnp.where(contradicts, words.INCONSISTENT, words.FAILED)
-        failure = jnp.where(any_finite, failure, words.NOT_FINITE)
         ended = state.verdict != words.SEARCHING
         gives_up = ~found & (evaluations >= max_evaluations)
         verdict = jnp.where(gives_up, failure, state.verdict).astype(jnp.int32)
@@ -124,8 +120,7 @@ def backtracking(
             status=jnp.where(ended, state.verdict, status).astype(jnp.int32),
             evaluations=evaluations,
             start=start,
-            any_finite=any_finite,
-            contradicts=finite & contradicts,
+            failure=failure,
             verdict=verdict,
         )
 

@@ -25,7 +25,7 @@ class MoreThuenteState(NamedTuple):
         first_stage: until a step with enough decrease and a rising slope was seen.
         widths: the interval's width, after the last two steps.
         ceiling: steps from here on are not finite, or not allowed.
-        contradicts: whether values and slopes seem to contradict each other.
+        failure: int32, the status to end with if nothing better is found.
         verdict: int32, the status to end with after the best step is evaluated again;
             `SEARCHING` before that.
     """
@@ -41,7 +41,7 @@ class MoreThuenteState(NamedTuple):
     first_stage: jax.Array
     widths: tuple[jax.Array, jax.Array]
     ceiling: jax.Array
-    contradicts: jax.Array
+    failure: jax.Array
     verdict: jax.Array
 
 
@@ -73,7 +73,7 @@ def more_thuente(
         max_step: no longer step is tried.
         max_evaluations: give up after so many, and take the best step.
         value_rtol: how far the values of two equal points may differ by rounding,
-          relative to the value; 10 times the dtype's epsilon if not given.
+          relative to the value; the dtype's `eps^(3/4)` if not given.
 
     Returns:
         A line search, with state `MoreThuenteState`.
@@ -122,7 +122,7 @@ def more_thuente(
             first_stage=jnp.ones([], bool),
             widths=(wide, 2 * wide),
             ceiling=wide,
-            contradicts=jnp.zeros([], bool),
+            failure=jnp.asarray(words.LOST, jnp.int32),
             verdict=jnp.zeros([], jnp.int32),
         )
 
@@ -138,15 +138,17 @@ def more_thuente(
     def shrink(state: MoreThuenteState) -> MoreThuenteState:
         """Go back from a step that is not finite."""
         trial = state.best.step + (state.trial - state.best.step) / 10
-        shorter = state._replace(ceiling=state.trial, trial=trial)
+        failure = jnp.asarray(words.NOT_FINITE, jnp.int32)
+        shorter = state._replace(ceiling=state.trial, trial=trial, failure=failure)
         stuck = state.trial - state.best.step <= interval * state.trial
         return give_up(shorter, state.trial, stuck, finite=False)
 
     def narrow(state: MoreThuenteState, now: Point) -> MoreThuenteState:
         """Take in a finite point, and stop or choose the next step."""
-        level = words.noise(state.start, value_rtol)
-        contradicts = words.contradicts(state.start, now, level, state.contradicts)
-        now = words.see_through_noise(state.start, now, level, ~contradicts)
+        level = words.noise(state.start.value, value_rtol)
+        failure = words.failure(state.start, now, level, state.failure)
+        trusted = failure != words.INCONSISTENT
+        now = words.see_through_noise(state.start, now, level, trusted)
         required = decrease * state.start.slope
         enough = now.value <= state.start.value + now.step * required
         flat = jnp.abs(now.slope) <= curvature * -state.start.slope
@@ -190,7 +192,7 @@ def more_thuente(
             bracketed=bracketed,
             first_stage=first_stage,
             widths=widths,
-            contradicts=contradicts,
+            failure=failure,
         )
         moved = give_up(moved, now.step, stuck, finite=True)
         return _choose(enough & (flat | at_limit), found, moved)
@@ -201,10 +203,7 @@ def more_thuente(
         """End with the best step where nothing more can be gained, or paid for."""
         ends = stuck | (state.evaluations >= max_evaluations)
         lower = (state.best.step > 0) & (state.best.value < state.start.value)
-        never_finite = (state.best.step == 0) & (state.other.step == 0)
-        failure = jnp.where(state.contradicts, words.INCONSISTENT, words.FAILED)
-        failure = jnp.where(never_finite, words.NOT_FINITE, failure)
-        verdict = jnp.where(lower, words.DECREASED, failure).astype(jnp.int32)
+        verdict = jnp.where(lower, words.DECREASED, state.failure).astype(jnp.int32)
         step = jnp.where(lower, state.best.step, 0)
         at_once = jnp.asarray(finite) & (step == last)
         ended = state._replace(

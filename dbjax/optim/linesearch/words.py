@@ -28,6 +28,8 @@ NOT_FINITE = 5
 """The start, or every step tried, has a value or slope that is not finite."""
 INCONSISTENT = 6
 """No smaller value, and slopes that say there is: the gradient is not the value's."""
+LOST = 7
+"""No smaller value, and slopes that say there is, but no more than rounding hides."""
 
 
 class SearchState(Protocol):
@@ -85,11 +87,16 @@ def scalars(value: Scalar, slope: Scalar, step: Scalar) -> list[jax.Array]:
     return [jax.lax.convert_element_type(x, dtype) for x in arrays]
 
 
-def noise(start: Point, value_rtol: float | None) -> jax.Array:
-    """Give how far values may differ by rounding alone, near the start."""
+def noise(value: jax.Array, value_rtol: float | None = None) -> jax.Array:
+    """Give how far values near this one may differ by rounding alone.
+
+    The default is `eps^(3/4)` of the value, 6e-6 in float32 and 2e-12 in float64. A sum
+    of squared residuals is small where its terms have cancelled, so it is rounded by
+    far more than its own epsilon.
+    """
     if value_rtol is None:
-        value_rtol = 10 * float(jnp.finfo(start.value.dtype).eps)
-    return value_rtol * jnp.abs(start.value)
+        value_rtol = float(jnp.finfo(value.dtype).eps) ** 0.75
+    return value_rtol * jnp.abs(value)
 
 
 def see_through_noise(
@@ -108,16 +115,23 @@ def see_through_noise(
     return now._replace(value=jnp.where(lost & trusted, trapezoid, now.value))
 
 
-def contradicts(
-    start: Point, now: Point, level: jax.Array, before: jax.Array
-) -> jax.Array:
-    """Say whether values rise where slopes, hardly changed, say that they fall.
+def failure(start: Point, now: Point, level: jax.Array, before: jax.Array) -> jax.Array:
+    """Give the status to end with if nothing better than this step is found.
 
-    Steps too small to tell rounding from a rise leave the verdict as it was before.
+    If the slope has hardly changed the value must fall, or one of the two is wrong:
+    the value by rounding, or else the gradient. A wrong gradient is wrong by some
+    factor, however short the step; rounding shows as a rise out of all proportion to
+    the slope, or as a change too small to tell, which leaves an earlier verdict.
     """
     change = now.value - start.value
     falls = (now.slope < 0) & (jnp.abs(now.slope - start.slope) <= -start.slope / 2)
-    return jnp.where(jnp.abs(change) > 100 * level, (change > 0) & falls, before)
+    rises = (change > 0) & (change <= -10 * now.step * start.slope)
+    told = jnp.abs(change) > 100 * level
+    inconsistent = jnp.where(told, falls & rises, before == INCONSISTENT)
+    verdict = jnp.where(falls, LOST, FAILED)
+    verdict = jnp.where(inconsistent, INCONSISTENT, verdict)
+    same = (change == 0) & (now.slope == start.slope)  # no parameter has moved
+    return jnp.where(same, before, verdict).astype(jnp.int32)
 
 
 def check_fractions(**limits: float) -> None:
