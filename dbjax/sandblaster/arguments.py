@@ -3,6 +3,7 @@
 import math
 import os
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -44,7 +45,8 @@ class Arguments(NamedTuple):
         """Those that decide what a run does, JSON-able."""
         return {
             "algorithm": "sandblaster",
-            "method": repr(self.method),
+            # Where a line search's functions lie is different in each process.
+            "method": re.sub(r" at 0x[0-9a-f]+", "", repr(self.method)),
             "batches": repr(self.batches),
             "replicas": self.replicas,
             "shards": self.shards,
@@ -79,7 +81,8 @@ def check_arguments(**given: Any) -> Arguments:
     """
     for name in ("replicas", "shards", "push_every", "copies"):
         given[name] = checks.positive(name, given[name])
-    given["iterations"] = checks.natural("iterations", given["iterations"])
+    for name in ("iterations", "seed"):
+        given[name] = checks.natural(name, given[name])
     for name in ("eval_every", "checkpoint_every"):
         if given[name] is not None:
             given[name] = checks.positive(name, given[name])
@@ -110,8 +113,9 @@ def check_arguments(**given: Any) -> Arguments:
 
 def _check_kinds(**given: Any) -> None:
     """Raise if something is not at all what it should be."""
-    if not hasattr(given["method"], "direct"):
-        raise TypeError(f"method must be one such as LBFGS(), got {given['method']!r}")
+    method = given["method"]
+    if isinstance(method, type) or not hasattr(method, "direct"):
+        raise TypeError(f"method must be one such as LBFGS(), got {method!r}")
     if not hasattr(given["batches"], "trial"):
         raise TypeError(
             f"batches must be a rule such as FullBatch(), got {given['batches']!r}"

@@ -391,9 +391,11 @@ class ProgressiveBatch:
         p, n = state.count, state.portions
         spread = max(0.0, mean(state.examples, state.squares) - size) * p / (p - 1)
         allowed = self.theta**2 * size
-        if p == n or not spread * (1 / p - 1 / n) > allowed:
+        # A gradient of 0 says that this batch has nothing more to say.
+        if p == n or size != 0 and not spread * (1 / p - 1 / n) > allowed:
             return ()
-        wanted = math.ceil(1 / (allowed / spread + 1 / n))  # the test, solved for `p`
+        # The test, solved for `p`.
+        wanted = math.ceil(1 / (allowed / spread + 1 / n)) if size else n
         end = min(n, max(p + 1, min(wanted, math.floor(self.growth * p))))
         return (("f", self._order(state, p, end)),)
 

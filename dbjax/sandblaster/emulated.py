@@ -119,13 +119,13 @@ class EmulatedReplicas:
         evaluations = [at for at, groups in enumerate(self._history) if groups]
         if not evaluations or not iterations:
             return {}
-        some = evaluations[:COMPARED][-1] + 1
-        scale = len(self._history) / some / iterations
+        some = [*evaluations, len(self._history)][: COMPARED + 1]
+        scale = len(evaluations) / (len(some) - 1) / iterations
         seconds = {}
         for strategy in STRATEGIES:
             _, events = self._begin(self._arguments._replace(strategy=strategy))
             with contextlib.suppress(RuntimeError):  # it can never be done
-                seconds[strategy] = scale * _again(events, self._history[:some])
+                seconds[strategy] = scale * _again(events, self._history[: some[-1]])
         return seconds
 
     def save(self) -> dict[str, Any]:

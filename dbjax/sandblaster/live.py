@@ -82,6 +82,7 @@ class LiveReplicas:
         self.shard_bytes = shard_bytes
         self.recorder = Recorder()
         self.published: Published | None = None
+        self.x64 = bool(jax.config.jax_enable_x64)  # each thread has its own
         self.versions = [0] * len(shard_bytes)
         self._desk = arguments.desk(len(problem.examples))
         hands = [_Hand(self, replica) for replica in range(arguments.replicas)]
@@ -214,6 +215,10 @@ class _Hand:
 
     def obey(self, order: Any) -> Iterator[Message]:
         """Carry out an order, in this replica's thread."""
+        with jax.enable_x64(self._crew.x64):
+            yield from self._obey(order)
+
+    def _obey(self, order: Any) -> Iterator[Message]:
         if order.life > self._life:  # born again: nothing of before counts
             self._life, self._finished, self._accrued = order.life, None, None
         if order.life < self._life or isinstance(order, Forget):

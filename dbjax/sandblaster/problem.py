@@ -161,7 +161,10 @@ def _length(i: int, batch: Batch) -> int:
             f"portion {i} of data: its arrays must share axis 0, the examples; their "
             f"lengths are {sorted(lengths)}"
         )
-    return int(lengths.pop()[0])
+    (length,) = lengths.pop()
+    if not length:
+        raise ValueError(f"portion {i} of data holds no examples")
+    return int(length)
 
 
 def scattered(portions: Sequence[tuple[str, tuple[int, ...]]]) -> list[int]:

@@ -171,7 +171,7 @@ class Running:
     def _evaluate(self) -> None:
         """Let the user's function see the newest parameters."""
         row = self.rows[-1]
-        if self.a.eval_fn is not None and not row.get("evaluated"):
+        if self.a.eval_fn is not None:
             params = self.vectors.get("x")
             scalars = self.a.eval_fn(params, row["step"], row["time"])
             row |= {name: float(value) for name, value in scalars.items()}
@@ -181,7 +181,7 @@ class Running:
 
     def _home(self, state: CoordinatorState) -> Run:
         """Put the result together."""
-        if self.rows:
+        if self.rows and self.rows[-1]["step"] % self.a.eval_every:
             self._evaluate()
         replicas, method = self.replicas, state.method
         header = {
