@@ -175,3 +175,106 @@ def two_loop(
     for s_k, y_k, alpha in zip(s, y, reversed(alphas), strict=True):
         g = g + s_k * (alpha - y_k @ g / (s_k @ y_k))
     return g
+
+
+# Batch methods. `loss(x)` gives value and gradient; `search(phi, value, slope, step)`
+# a step, where `phi(t)` gives value and slope at step `t`.
+
+
+def lbfgs_path(loss, x, search, memory: int, iterations: int) -> list[np.ndarray]:
+    """L-BFGS with a dense matrix (Nocedal and Wright, algorithm 7.5)."""
+    path, s, y = [x], [], []
+    value, g = loss(x)
+    for _ in range(iterations):
+        scale = s[-1] @ y[-1] / (y[-1] @ y[-1]) if s else min(1, 1 / np.sqrt(g @ g))
+        d = -inverse_hessian(s[-memory:], y[-memory:], scale, len(x)) @ g
+        t = search(_along(loss, x, d), value, d @ g, 1.0)
+        before, x = (x, g), x + t * d
+        value, g = loss(x)
+        s.append(x - before[0])
+        y.append(g - before[1])
+        path.append(x)
+    return path
+
+
+def conjugate_gradient_path(loss, x, search, iterations: int) -> list[np.ndarray]:
+    """Hager and Zhang (2005), equations 1.3 and 1.5 to 1.7, eta = 0.01."""
+    path = [x]
+    value, g = loss(x)
+    d, first = -g, min(1, 1 / np.sqrt(g @ g))
+    for _ in range(iterations):
+        slope = d @ g
+        t = search(_along(loss, x, d), value, slope, first)
+        before, x = g, x + t * d
+        value, g = loss(x)
+        y = g - before
+        beta = (y - 2 * d * (y @ y) / (d @ y)) @ g / (d @ y)
+        eta = -1 / (np.linalg.norm(d) * min(0.01, np.linalg.norm(g)))
+        d = -g + max(beta, eta) * d
+        first = t * slope / (d @ g)  # the value is taken to change as it did before
+        path.append(x)
+    return path
+
+
+def barzilai_borwein_path(loss, x, search, iterations: int) -> list[np.ndarray]:
+    """Down the gradient, at first as far as s s / s y says."""
+    path = [x]
+    value, g = loss(x)
+    first = min(1, 1 / np.sqrt(g @ g))
+    for _ in range(iterations):
+        t = search(_along(loss, x, -g), value, -g @ g, first)
+        s, before, x = -t * g, g, x - t * g
+        value, g = loss(x)
+        first = s @ s / (s @ (g - before))
+        path.append(x)
+    return path
+
+
+def owlqn_path(loss, x, search, l1, memory: int, iterations: int) -> list[np.ndarray]:
+    """Andrew and Gao (2007), algorithm 1; `l1` [n] are the weights."""
+    path, s, y = [x], [], []
+
+    def whole(x):
+        value, g = loss(x)
+        return value + l1 @ np.abs(x), g
+
+    value, g = whole(x)
+    for _ in range(iterations):
+        v = _pseudo_gradient(x, g, l1)
+        scale = s[-1] @ y[-1] / (y[-1] @ y[-1]) if s else min(1, 1 / np.sqrt(v @ v))
+        h = inverse_hessian(s[-memory:], y[-memory:], scale, len(x))
+        penalised, d = l1 > 0, -h @ v
+        d[penalised & (d * v >= 0)] = 0
+        orthant = np.where(x != 0, np.sign(x), -np.sign(v))
+
+        def point(t, x=x, d=d, orthant=orthant, penalised=penalised):
+            there = x + t * d
+            there[penalised & (np.sign(there) != orthant)] = 0
+            return there
+
+        def phi(t, x=x, point=point):
+            value, g = whole(point(t))
+            return value, (point(t) - x) @ _pseudo_gradient(point(t), g, l1) / t
+
+        t = search(phi, value, -v @ h @ v, 1.0)
+        before, x = (x, g), point(t)
+        value, g = whole(x)
+        s.append(x - before[0])
+        y.append(g - before[1])
+        path.append(x)
+    return path
+
+
+def _pseudo_gradient(x, g, l1):
+    """Equation 4: one-sided derivatives where x is 0."""
+    right, left = g + l1, g - l1
+    at_zero = np.where(left > 0, left, np.where(right < 0, right, 0.0))
+    return np.where(x == 0, at_zero, g + l1 * np.sign(x))
+
+
+def _along(loss, x, d):
+    def phi(t):
+        value, g = loss(x + t * d)
+        return value, d @ g
+
+    return phi

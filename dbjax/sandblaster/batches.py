@@ -6,6 +6,7 @@ portions that two points have in common, or the noise of the sample ends up in i
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -172,12 +173,14 @@ class MultiBatchState(NamedTuple):
 
     Attributes:
       portions: how many there are.
-      index: of the sample that is evaluated next.
-      value: at `x+`, of what the next sample shares with this one.
+      place: in the epochs' orders, laid end to end, where the next sample begins.
+      shared: what it has in common with the sample before; nothing at first.
+      value: at `x+`, of what the sample after it will share with it.
     """
 
     portions: int
-    index: int = 0
+    place: int = 0
+    shared: tuple[int, ...] = ()
     value: float = math.inf
 
 
@@ -242,10 +245,9 @@ class MultiBatch(_Settled):
 
     def trial(self, state: MultiBatchState) -> Groups:
         """What the last sample shares, new portions, and those that the next shares."""
-        shared = self._shared(state, state.index - 1)
-        drawn = [p for p in self._drawn(state, state.index) if p not in shared]
+        drawn, _ = self._draw(state)
         cut = len(drawn) - self._overlaps
-        groups = ("k-", shared), ("r", tuple(drawn[:cut])), ("k+", tuple(drawn[cut:]))
+        groups = ("k-", state.shared), ("r", drawn[:cut]), ("k+", drawn[cut:])
         return tuple((name, portions) for name, portions in groups if portions)
 
     def see(
@@ -269,29 +271,29 @@ class MultiBatch(_Settled):
         self, state: MultiBatchState
     ) -> tuple[MultiBatchState, float, Sequence[Command]]:
         """Draw the next sample."""
-        after = state._replace(index=state.index + 1)
+        drawn, place = self._draw(state)
+        after = state._replace(place=place, shared=drawn[-self._overlaps :])
         return after, state.value, [Swap("k", "k+")]
 
     @property
     def _overlaps(self) -> int:
         return max(1, round(self.overlap * self.portions))
 
-    def _drawn(self, state: MultiBatchState, index: int) -> list[int]:
-        """The portions that are new in a sample: a piece of a permutation."""
-        new = self.portions - self._overlaps
-        samples = state.portions // new  # in an epoch
-        epoch, place = divmod(index, samples)
-        order = _permutation(self.seed, epoch, state.portions)
-        return order[place * new : (place + 1) * new].tolist()
+    def _draw(self, state: MultiBatchState) -> tuple[tuple[int, ...], int]:
+        """The portions that are new in the sample, and the place after the last.
 
-    def _shared(self, state: MultiBatchState, index: int) -> tuple[int, ...]:
-        """Those of a sample that the next one shares; none before the first."""
-        if index < 0:
-            return ()
-        # Where two epochs meet, what was shared just before may be drawn again.
-        before = self._drawn(state, index - 1)[-self._overlaps :] if index else []
-        drawn = [p for p in self._drawn(state, index) if p not in before]
-        return tuple(drawn[-self._overlaps :])
+        Where two epochs meet, one that the sample holds already may come up: it is
+        passed over, as it was seen just before.
+        """
+        drawn: dict[int, None] = {}
+        place = state.place
+        while len(drawn) < self.portions - len(state.shared):
+            epoch, at = divmod(place, state.portions)
+            portion = int(_permutation(self.seed, epoch, state.portions)[at])
+            if portion not in state.shared:
+                drawn[portion] = None
+            place += 1
+        return tuple(drawn), place
 
 
 class ProgressiveBatchState(NamedTuple):
@@ -430,5 +432,6 @@ class ProgressiveBatch:
         return tuple(np.sort(order).tolist())
 
 
+@functools.lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, portions: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(portions)
