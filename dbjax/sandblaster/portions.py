@@ -3,8 +3,17 @@
 **Handing out.** Each replica has a contiguous range of portions of its own, so that it
 sees the same examples in every evaluation and knows what to prefetch. When its range is
 empty it takes what dead replicas gave back, then the upper half of the range with most
-left, and when nothing is left a backup copy of the portion that is outstanding with the
-fewest copies, for longest.
+left, and when nothing is left a backup copy of an overdue portion, if there is one;
+else it waits until there is.
+
+**What is overdue.** Whoever computes a copy that is not needed is late for the next
+evaluation, so copies are for stragglers. There is no clock, but everyone finishes one
+portion while `R` are finished by all. Those outstanding for longest first, a portion is
+overdue when `R + outstanding / 2` were finished since it was handed out; or when it is
+among the last `R / 20`, as then hardly anybody is left to tell the time by. A second
+copy, which is to rescue a slow first one, waits until more than twice as many were
+finished since the first as are still outstanding: most first copies have won by then.
+`R` is the number of replicas present, or of portions if those are fewer.
 
 **Why every portion counts exactly once.** What a shard has added cannot be told apart
 again, so it is decided *before* anything is added who may add it:
@@ -55,6 +64,9 @@ Message = Joined | Finished | Pushed | Died
 Order = Compute | Keep | Drop | Push | Forget | Done
 
 _AWAY, _IDLE, _BUSY = range(3)
+
+LAST = 20
+"""When one portion in so many is outstanding, all that are may have a backup."""
 
 
 class PortionsInfo(NamedTuple):
@@ -138,6 +150,9 @@ class Portions:
         self._values, self._squares = [0.0] * portions, [0.0] * portions
         # Of each replica:
         self._is = [_AWAY] * replicas
+        self._present = 0  # how many are not away
+        self._idle: dict[int, None] = {}  # those with nothing to do, in that order
+        self._finishes = 0  # gradients reported: the only clock there is
         self._life = [0] * replicas
         self._work = [(-1, -1)] * replicas  # evaluation and portion it computes
         self._tasks = [0] * replicas  # how many it was given
@@ -149,7 +164,8 @@ class Portions:
         self._returned: list[int] = []  # a heap
         self._lacking: dict[int, tuple[int, ...]] = {}  # by these shards only
         self._outstanding: dict[int, list[int]] = {}  # portion -> who computes it
-        self._by_copies: list[dict[int, None]] = [{} for _ in range(copies + 1)]
+        # By how often a portion is outstanding: when it was last handed out.
+        self._by_copies: list[dict[int, int]] = [{} for _ in range(copies + 1)]
         self._fullest: list[tuple[int, int]] = []  # a heap; see `_rob`
 
     @property
@@ -242,6 +258,8 @@ class Portions:
                 "all shards, then say Died"
             )
         self._is[replica] = _IDLE
+        self._idle[replica] = None
+        self._present += 1
         self._life[replica] += 1
         if not self.done:
             self._assign(replica, orders)
@@ -252,6 +270,7 @@ class Portions:
         if self._is[replica] != _BUSY or message.task != self._tasks[replica] - 1:
             return  # a repetition
         self._work[replica] = (-1, -1)
+        self._finishes += 1
         if evaluation == self.evaluation and portion in self._outstanding:
             self._values[portion] = message.value
             self._squares[portion] = message.square
@@ -260,6 +279,8 @@ class Portions:
             orders.append(Drop(replica, message.life, portion))
             self._count(dropped=1)
         self._assign(replica, orders)
+        while self._idle and self._overdue() is not None:
+            self._assign(next(iter(self._idle)), orders)
 
     def _landed(self, message: Pushed, orders: list[Order]) -> None:
         push = self._pushing[message.replica].pop(message.id, None)
@@ -268,6 +289,8 @@ class Portions:
 
     def _died(self, replica: int, landed: tuple[int, ...], orders: list[Order]) -> None:
         self._is[replica] = _AWAY
+        self._present -= 1
+        self._idle.pop(replica, None)
         evaluation, portion = self._work[replica]
         self._work[replica] = (-1, -1)
         back = list(self._held[replica])
@@ -278,7 +301,7 @@ class Portions:
             del self._by_copies[len(copies)][portion]
             copies.remove(replica)
             if copies:
-                self._by_copies[len(copies)][portion] = None
+                self._by_copies[len(copies)][portion] = self._finishes
             else:
                 del self._outstanding[portion]
                 back.append(portion)
@@ -343,12 +366,14 @@ class Portions:
             self._push(replica, orders)
         if portion is not None:
             self._outstanding[portion] = [replica]
-            self._by_copies[1][portion] = None
+            self._by_copies[1][portion] = self._finishes
         else:
             portion = self._copy(replica, orders)
         if portion is None:
             self._is[replica] = _IDLE
+            self._idle[replica] = None
             return
+        self._idle.pop(replica, None)
         self._is[replica], self._work[replica] = _BUSY, (self.evaluation, portion)
         begin, end = self._ranges[replica]
         order = Compute(
@@ -364,8 +389,8 @@ class Portions:
         orders.append(order)
 
     def _serve_idle(self, orders: list[Order]) -> None:
-        for replica, state in enumerate(self._is):
-            if state == _IDLE and not self.done:
+        for replica in sorted(self._idle):
+            if not self.done:
                 self._assign(replica, orders)
 
     def _take(self, replica: int) -> int | None:
@@ -402,20 +427,36 @@ class Portions:
         return True
 
     def _copy(self, replica: int, orders: list[Order]) -> int | None:
-        """Take a backup copy of an outstanding portion."""
-        for copies in range(1, self.copies):
-            if self._by_copies[copies]:
-                portion = next(iter(self._by_copies[copies]))
-                break
-        else:
+        """Take a backup copy of a portion that is overdue."""
+        portion = self._overdue()
+        if portion is None:
             return None
-        del self._by_copies[copies][portion]
-        self._by_copies[copies + 1][portion] = None
-        for other in self._outstanding[portion]:
+        others = self._outstanding[portion]
+        del self._by_copies[len(others)][portion]
+        for other in others:
             self._push(other, orders)
-        self._outstanding[portion].append(replica)
+        others.append(replica)
+        self._by_copies[len(others)][portion] = self._finishes
         self._count(backups=1)
         return portion
+
+    def _overdue(self) -> int | None:
+        """Find a portion that needs a backup; those with fewest copies come first."""
+        left, everyone = len(self._outstanding), min(self._present, self.portions)
+        for copies in range(1, self.copies):
+            if not self._by_copies[copies]:
+                continue
+            # The first is outstanding for longest.
+            portion, handed = next(iter(self._by_copies[copies].items()))
+            since = self._finishes - handed
+            if copies > 1:
+                overdue = since > 2 * left
+            else:
+                overdue = since >= everyone + left / 2
+                overdue |= left <= max(1, everyone // LAST)
+            if overdue:
+                return portion
+        return None
 
     def _count(self, **more: int) -> None:
         added = {name: getattr(self.info, name) + n for name, n in more.items()}
@@ -432,7 +473,8 @@ class Portions:
         }
         state["info"] = self.info._asdict()
         state["_pushing"] = [list(each.items()) for each in self._pushing]
-        state["_by_copies"] = [list(each) for each in self._by_copies]
+        state["_by_copies"] = [list(each.items()) for each in self._by_copies]
+        state["_idle"] = list(self._idle)
         for name in ("_outstanding", "_lacking"):
             state[name] = list(state[name].items())
         return state
@@ -453,7 +495,8 @@ class Portions:
             }
             for each in saved["_pushing"]
         ]
-        new._by_copies = [dict.fromkeys(each) for each in saved["_by_copies"]]
+        new._by_copies = [dict(each) for each in saved["_by_copies"]]
+        new._idle = dict.fromkeys(saved["_idle"])
         new._outstanding = {p: list(replicas) for p, replicas in saved["_outstanding"]}
         new._lacking = {p: tuple(shards) for p, shards in saved["_lacking"]}
         new._fullest = _heap_of(new._ranges)

@@ -69,19 +69,19 @@ def test_an_empty_range_is_filled_from_the_one_with_most_left():
 
 def test_backups_begin_with_the_one_outstanding_longest_and_the_first_to_finish_counts():
     desk, (slow, middle, fast) = started(portions=3, replicas=3, copies=2)
-    orders = finish(desk, fast)
+    assert finish(desk, fast) == [Keep(2, 1, 2), Push(2, 1, 0, (2,))]
+    orders = finish(desk, middle)
     assert orders == [
-        Keep(2, 1, 2),
-        Push(2, 1, 0, (2,)),
-        Compute(2, 1, 1, 0, portion=0, upcoming=-1, copy=1),
+        Keep(1, 1, 1),
+        Push(1, 1, 0, (1,)),
+        Compute(1, 1, 1, 0, portion=0, upcoming=-1, copy=1),
     ]
     backup = orders[-1]
-    assert finish(desk, middle)[:2] == [Keep(1, 1, 1), Push(1, 1, 0, (1,))]
     assert len(finish(desk, middle)) == 0, "said twice"
-    assert finish(desk, backup) == [Keep(2, 1, 0), Push(2, 1, 1, (0,))]
-    assert desk.handle(Pushed(1, 1, 0)) == desk.handle(Pushed(2, 1, 0)) == []
-    assert desk.handle(Pushed(2, 1, 0)) == [], "said twice"
-    assert desk.handle(Pushed(2, 1, 1)) == [Done(0)]
+    assert finish(desk, backup) == [Keep(1, 1, 0), Push(1, 1, 1, (0,))]
+    assert desk.handle(Pushed(2, 1, 0)) == desk.handle(Pushed(1, 1, 0)) == []
+    assert desk.handle(Pushed(1, 1, 0)) == [], "said twice"
+    assert desk.handle(Pushed(1, 1, 1)) == [Done(0)]
     orders = desk.begin()
     assert portions_of(orders) == {1: 1, 2: 2}, "the slow one is not back yet"
     late = finish(desk, slow)
@@ -89,10 +89,43 @@ def test_backups_begin_with_the_one_outstanding_longest_and_the_first_to_finish_
     assert portions_of(late) == {0: 0}, "and joins in the next evaluation"
 
 
+def test_what_is_not_overdue_has_no_backup():
+    """The others wait: who computes what nobody needs is late the next time."""
+    desk, orders = started(portions=16, replicas=8)
+    orders = [finish(desk, order)[-1] for order in orders]
+    for order in orders[:6]:
+        assert not portions_of(finish(desk, order))
+    assert portions_of(finish(desk, orders[6])) == {6: 15}, "the last may be too late"
+
+
+def test_a_portion_is_overdue_when_others_would_have_finished_it():
+    desk, (slow, *orders) = started(portions=12, replicas=8)
+    finished = 0
+    while not desk.info.backups:
+        new = finish(desk, orders.pop(0))
+        orders += [order for order in new if isinstance(order, Compute)]
+        finished += 1
+    assert orders[-1].portion == slow.portion and orders[-1].copy == 1
+    assert finished == 10, "8 by everyone, and half of the 2 outstanding are allowed"
+
+
+def test_a_second_copy_rescues_a_slow_first_one():
+    desk, orders = started(portions=80, replicas=80)
+    for order in orders[4:-1]:
+        finish(desk, order)
+    new = finish(desk, orders[-1])
+    first = {o.portion: o for o in new if isinstance(o, Compute)}
+    assert list(first) == [0, 1, 2, 3], "the last twentieth"
+    assert not portions_of(finish(desk, first[1]) + finish(desk, first[2]))
+    again = [o for o in finish(desk, first[3]) if isinstance(o, Compute)]
+    assert [(o.portion, o.copy) for o in again] == [(0, 2)]
+    assert finish(desk, again[0])[0] == Keep(again[0].replica, 1, 0)
+
+
 def test_no_portion_has_more_copies_than_allowed():
     desk, orders = started(portions=4, replicas=4, copies=2)
     got = [portions_of(finish(desk, order)) for order in orders[1:]]
-    assert got == [{1: 0}, {2: 3}, {}]
+    assert got == [{}, {}, {3: 0}]
     desk, orders = started(portions=4, replicas=4, copies=1)
     for order in orders[1:]:
         assert not portions_of(finish(desk, order))

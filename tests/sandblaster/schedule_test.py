@@ -46,6 +46,23 @@ def test_a_straggling_cluster_with_backups_is_near_the_ideal():
     assert ratio["static"] > 8
 
 
+def test_no_evaluation_pays_for_the_backups_of_the_one_before():
+    """Who computes a copy that nobody needs is late for the next evaluation."""
+
+    def ratios(cluster, strategy):
+        times = schedule(
+            cluster, replicas=100, portions=2000, evaluations=6, strategy=strategy
+        )
+        return times.seconds / times.ideal, times.info.backups
+
+    slow, _ = ratios(Cluster.slow_tail(), "backups")
+    assert slow.max() < 1.15
+    equal, backups = ratios(Cluster(), "backups")
+    without, _ = ratios(Cluster(), "portions")
+    assert equal.mean() < without.mean() + 0.02
+    assert backups < 0.3 * 6 * 100
+
+
 def test_by_hand():
     """Two replicas, one three times slower, four portions, no chance."""
     cluster = Cluster(step_time=1.0, slow=Slow(factor=3.0, replicas=(1,)))
