@@ -154,6 +154,29 @@ class Coordinator:
         # The start, or a new batch where nothing was found: there it has to grow.
         return self._grow(state, enough=state.iterations == 0)
 
+    def resume(
+        self, state: CoordinatorState, rest: Sequence[Request]
+    ) -> tuple[CoordinatorState, Sequence[Request]]:
+        """Go on from a `Reached`; there may be another limit of iterations by now.
+
+        Args:
+          state: as it was then.
+          rest: the requests that came after it.
+
+        Returns:
+          The state, and the requests that come next.
+        """
+        limited = Status.LIMIT in (state.status, state.outcome)
+        if limited and state.iterations < self.iterations:
+            going = Status.RUNNING
+            state = state._replace(status=going, outcome=going, stage=_TRYING)
+            direction = self.method.direct(state.method, state.here, state.step)
+            return self._go(state, direction, ())
+        if state.iterations >= self.iterations and not limited:
+            if state.status == Status.RUNNING == state.outcome:
+                return self._end(state, Status.LIMIT, ())
+        return state, rest
+
     # Replies.
 
     def _evaluated(

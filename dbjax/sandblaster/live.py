@@ -5,9 +5,10 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from dbjax.runtime.mailboxes import Failed, Mailboxes
-from dbjax.runtime.recorder import Recorder
+from dbjax.runtime.recorder import COLUMNS, Recorder
 from dbjax.runtime.threads import ReplicaError, Threads
 from dbjax.sandblaster.arguments import Arguments
 from dbjax.sandblaster.emulated import finish, group_of
@@ -33,7 +34,7 @@ from dbjax.trace import COMPUTE, FAIL, FETCH, JOIN, PUSH, RESTART, TAKEN
 from dbjax.typing import Batch, Gradients, Params
 
 MOST_FAILURES = 3
-"""A portion that has failed so often, with whichever replicas, ends the run."""
+"""So many failures of one portion in one evaluation end the run, whoever failed."""
 
 
 class Published(NamedTuple):
@@ -82,13 +83,15 @@ class LiveReplicas:
         self.shard_bytes = shard_bytes
         self.recorder = Recorder()
         self.published: Published | None = None
-        self.x64 = bool(jax.config.jax_enable_x64)  # each thread has its own
+        self.x64 = jnp.result_type(float) == jnp.float64  # each thread has its own
         self.versions = [0] * len(shard_bytes)
+        self.first_versions = tuple(self.versions)  # of the new shards
         self._desk = arguments.desk(len(problem.examples))
-        hands = [_Hand(self, replica) for replica in range(arguments.replicas)]
-        self._boxes = Mailboxes([hand.obey for hand in hands], runtime)
+        self._hands = [_Hand(self, replica) for replica in range(arguments.replicas)]
+        self._boxes = Mailboxes([hand.obey for hand in self._hands], runtime)
         self._tickets = 0
-        self._failures: dict[int, int] = {}
+        self._failures: dict[int, int] = {}  # in this evaluation, by portion
+        self._before = PortionsInfo()  # until the checkpoint that was taken up
         for replica in range(arguments.replicas):
             self._join(replica, JOIN)
 
@@ -126,6 +129,7 @@ class LiveReplicas:
             list(self.versions),
         )
         self._tickets += len(self.published.portions)
+        self._failures.clear()
         groups = [len(group) for _, group in request.groups]
         done = self._send(self._desk.begin(groups))
         while not done:
@@ -143,7 +147,8 @@ class LiveReplicas:
 
     def info(self) -> PortionsInfo:
         """Give what was done beyond computing each portion once."""
-        return self._desk.info
+        pairs = zip(self._before, self._desk.info, strict=True)
+        return PortionsInfo(*(before + now for before, now in pairs))
 
     def seconds_per_iteration(self, iterations: int) -> dict[str, float]:
         """Nobody knows what would have been."""
@@ -153,17 +158,27 @@ class LiveReplicas:
     def save(self) -> dict[str, Any]:
         """Give the Trace so far."""
         return {
-            "rows": self.recorder.rows,
+            "rows": list(self.recorder.rows),  # a late replica may add one meanwhile
             "time": self.recorder.now(),
             "tickets": self._tickets,
+            "versions": self.versions,
+            "info": list(self.info()),
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Go on with it; the replicas and their portions are new."""
-        rows = self.recorder.rows
+        """Go on with it; replicas, shards and desk are new, and count on from there."""
         self.recorder = Recorder(float(saved["time"]))
-        self.recorder.rows = [tuple(row) for row in saved["rows"]] + rows
-        self._tickets = saved["tickets"]
+        self.recorder.rows = [tuple(row) for row in saved["rows"]]
+        self._tickets, self._before = saved["tickets"], PortionsInfo(*saved["info"])
+        self.versions = list(saved["versions"])
+        self.first_versions = tuple(self.versions)
+        numbered = [COLUMNS.index(name) for name in ("replica", "batch", "id")]
+        for row in self.recorder.rows:
+            replica, batch, id_ = (row[at] for at in numbered)
+            self._hands[replica].count_on(batch + 1, id_ + 1)
+        for replica in range(len(self._hands)):
+            for kind in (FAIL, RESTART):
+                self.recorder.add(kind, replica, self.recorder.now())
 
     def _send(self, orders: list[Order]) -> bool:
         """Put orders into their mailboxes; say whether the evaluation is done."""
@@ -184,18 +199,19 @@ class LiveReplicas:
         replica, order, error = failed
         if order.life != self._desk.life(replica):
             return False  # of a former life: it counts as lost already
-        portion = -1
-        if isinstance(order, Compute):
-            published = self.published
-            assert published is not None
-            if order.evaluation == published.evaluation:
+        published = self.published
+        assert published is not None
+        late = isinstance(order, Compute) and order.evaluation < published.evaluation
+        if not late:  # or somebody waits for it
+            portion = -1
+            if isinstance(order, Compute):
                 portion = published.portions[order.portion]
-        self._failures[portion] = self._failures.get(portion, 0) + 1
-        if self._failures[portion] >= MOST_FAILURES:
-            raise ReplicaError(
-                f"replica {replica} failed at portion {portion}, which has failed "
-                f"{self._failures[portion]} times: {error!r}"
-            ) from error
+            times = self._failures[portion] = self._failures.get(portion, 0) + 1
+            if times >= MOST_FAILURES:
+                raise ReplicaError(
+                    f"replica {replica} failed at portion {portion}, which has failed "
+                    f"{times} times: {error!r}"
+                ) from error
         landed = self.vectors.fence(replica, order.life)
         self.recorder.add(FAIL, replica, self.recorder.now())
         done = self._send(self._desk.handle(Died(replica, order.life, landed)))
@@ -207,11 +223,16 @@ class _Hand:
 
     def __init__(self, crew: LiveReplicas, replica: int) -> None:
         self._crew, self._replica = crew, replica
-        self._life = self._batches = 0
+        self._life = self._batches = self._first_id = 0
         self._fetched: Published | None = None
         self._finished: tuple[int, Gradients] | None = None
         self._accrued: Gradients | None = None
         self._prefetched: tuple[int, Batch] | None = None
+
+    def count_on(self, batches: int, ids: int) -> None:
+        """Let what is computed and pushed have later numbers than these."""
+        self._batches = max(self._batches, batches)
+        self._first_id = max(self._first_id, ids)
 
     def obey(self, order: Any) -> Iterator[Message]:
         """Carry out an order, in this replica's thread."""
@@ -295,11 +316,13 @@ class _Hand:
             # While the shard waits: its rows must stand in the order of its versions.
             if not added.taken:
                 return  # fenced: it counts as lost
-            crew.versions[shard] = added.version
+            version = crew.first_versions[shard] + added.version
+            crew.versions[shard] = version
             crew.recorder.add(
                 PUSH, self._replica, start, shard, step=seen.first + order.portions[-1],
-                version=added.version, base=seen.base[shard], count=len(order.portions),
-                status=TAKEN, nbytes=crew.shard_bytes[shard], id_=order.id,
+                version=version, base=seen.base[shard], count=len(order.portions),
+                status=TAKEN, nbytes=crew.shard_bytes[shard],
+                id_=self._first_id + order.id,
             )  # fmt: skip
 
         crew.vectors.add(

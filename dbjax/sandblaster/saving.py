@@ -1,6 +1,6 @@
 """Checkpoints of a run: its vectors, its scalars, and what is still to be done."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -69,10 +69,23 @@ def restore(run: "Running") -> tuple[CoordinatorState, Sequence[Request]] | None
         places = range(treedef.num_leaves)
         leaves = [saved.leaves[f"{name}/{i}"] for i in places]
         run.vectors.put(name, treedef.unflatten(leaves))
+    _check_constants(run, saved.leaves)
     run.rows = note["rows"]
     run.replicas.restore(note["replicas"])
     run.resumed_at = saved.step
-    return decode(note["state"]), decode(note["rest"])
+    return run.coordinator.resume(decode(note["state"]), decode(note["rest"]))
+
+
+def _check_constants(run: "Running", saved: Mapping[str, np.ndarray]) -> None:
+    """Raise unless the method's arrays are those saved; as text they may look alike."""
+    assert run.a.checkpoint_dir is not None
+    for name, vector in run.a.method.constants(run.vectors.get("x")).items():
+        for i, leaf in enumerate(jax.tree.leaves(vector)):
+            if not np.array_equal(np.asarray(leaf), saved[f"{name}/{i}"]):
+                raise ValueError(
+                    f"checkpoint_dir {str(run.a.checkpoint_dir)!r} holds a run with "
+                    f"another {name}: use another directory, or the same arguments"
+                )
 
 
 def _describe(run: "Running") -> dict[str, Any]:
