@@ -10,7 +10,7 @@ import rich.console
 import rich.filesize
 import rich.table
 
-from experiments import train, workloads
+from experiments import plots, train, workloads
 from experiments.methods import Plan, minibatches
 
 _LEAST_SECONDS = 0.5  # of timed work
@@ -73,7 +73,7 @@ def show(
             highlight=False,
         )
         table.add_row(
-            name,
+            plots.short(name),
             _size(need.memory),
             f"2 x {_size(need.checkpoint)}",
             f"about {need.seconds:,.0f} s",

@@ -120,7 +120,9 @@ class Writer:
         for row in rows:
             if row["method"] == self._method:
                 for name, value in known.get(row["step"], {}).items():
-                    row.setdefault(name, _finite(value))
+                    row.setdefault(
+                        name, value if isinstance(value, int) else _finite(value)
+                    )
         _rewrite(self._path, rows)
 
     def _append(self, row: dict[str, Any]) -> None:

@@ -153,7 +153,7 @@ def _mark_lead(panel: axes.Axes, traces: Mapping[str, Trace]) -> str:
     panel.annotate("", **ends, arrowprops=arrow)
     lead = late / early
     many = f"{lead:.0f}" if lead >= 3 else f"{lead:.1f}"
-    return f": {first} is at {100 * target:.0f} % {many}x sooner"
+    return f": {short(first)} is at {100 * target:.0f} % {many}x sooner"
 
 
 def tick_logarithmic(axis: axis_lib.Axis) -> None:

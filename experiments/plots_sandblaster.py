@@ -16,6 +16,8 @@ from experiments import plots
 from experiments.plots import COLOURS, GREY, plt
 
 _BLUE, _ORANGE = COLOURS[5], COLOURS[1]
+_AT_MINIMUM = ("converged", "small step")
+_OWN_OBJECTIVE = ("OWLQN", "BoxLBFGS")  # they add something to the loss, or keep off
 _STRATEGIES = {  # how a batch comes to the replicas: words and colour
     "static": ("static: each computes 1/N", GREY),
     "portions": ("portions", COLOURS[5]),
@@ -52,72 +54,95 @@ def draw(
 
 @plots.matplotlib.rc_context(plots.STYLE)
 def progress(traces: Mapping[str, Trace], title: str) -> figure.Figure:
-    """Training loss over iterations, passes over the data and the run's own time."""
-    picture, panels = plt.subplots(1, 3, figsize=(12.5, 4.4), sharey=True)
+    """What is minimised, over iterations, passes over the data, and the run's time.
+
+    Where a method has converged, its distance from the minimum is shown instead.
+    """
+    picture, panels = plt.subplots(1, 3, figsize=(12.5, 4.6), sharey=True)
+    left, middle, right = panels
+    losses, gap = _losses(traces)
     examples = next(t.header["examples"] for t in traces.values() if plots.is_batch(t))
     for (name, trace), colour in zip(traces.items(), COLOURS * 9, strict=False):
-        step, time, loss = (
-            np.array([row.get(key, np.nan) for row in trace.evaluations], float)
-            for key in ("step", "time", "train_loss")
-        )
-        iterations = np.where(step >= 0, step, np.nan)  # below 0 is the warm start
+        step = np.array([row["step"] for row in trace.evaluations], float)
         if not plots.is_batch(trace):
-            iterations = np.full(len(step), np.nan)
+            step[:] = np.nan  # a minibatch is no iteration
+        iterations = np.where(step >= 0, step, np.nan)  # below 0 is the warm start
         passes = plots.examples_seen(trace) / examples
+        time = np.array([row["time"] for row in trace.evaluations])
         label = f"{plots.short(name)}, {plots.replicas(trace)}"
         for panel, x in zip(panels, (iterations, passes, time), strict=True):
-            panel.plot(x, loss, color=colour, label=label)
-            panel.plot(x[-1], loss[-1], "o", color=colour)
-    left, middle, right = panels
-    # What comes in the first instant of a run would squeeze all the rest.
-    left.set(yscale="log", ylabel="training loss", xlabel="iterations")
-    middle.set(xscale="log", xlabel="passes over the training examples")
+            panel.plot(x, losses[name], color=colour, label=label)
+            end = np.flatnonzero(np.isfinite(losses[name]))[-1:]
+            panel.plot(x[end], losses[name][end], "o", color=colour)
+    what = "training loss above its minimum" if gap else "training loss"
+    left.set(yscale="log", ylabel=what, xlabel="iterations", title="over iterations")
+    middle.set(xscale="log", xlabel="passes over all training examples")
+    middle.set(title="over evaluations of the batch")
     right.set(xscale="log", xlabel=f"{plots.clock_of(*traces.values())} (s)")
-    lowest = _lowest(traces)
-    who = min(lowest, key=lambda name: lowest[name])
-    left.set_title(f"{title}: {plots.short(who)} gets lowest")
-    middle.set_title("Training loss over the data seen")
-    right.set_title(_verdict(traces, max(lowest.values())))
+    right.set(title="over time")
     left.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
     for axis in (left.yaxis, middle.xaxis, right.xaxis):
         plots.tick_logarithmic(axis)
+    _headline(picture, f"{title}: {_verdict(traces, losses, gap)}")
     handles, labels = right.get_legend_handles_labels()
-    picture.legend(
-        handles, labels, loc="outside lower center", ncols=min(len(traces), 4)
-    )
+    where = "outside lower center"
+    picture.legend(handles, labels, loc=where, ncols=min(len(traces), 4))
     return picture
 
 
-def _lowest(traces: Mapping[str, Trace]) -> dict[str, float]:
-    """Give the lowest training loss of each; infinity if none is a number."""
-    return {
-        name: min(
-            (row["train_loss"] for row in trace.evaluations if _finite(row)),
-            default=math.inf,
-        )
-        for name, trace in traces.items()
-    }
+def _losses(traces: Mapping[str, Trace]) -> tuple[dict[str, np.ndarray], bool]:
+    """Give what each method minimises, `[evaluations]`, NaN where a log has no place.
+
+    Returns:
+      By name; and whether it is the distance from the lowest value found, because a
+      method has converged. Methods with a penalty of their own have their own lowest.
+    """
+    losses, groups = {}, {}
+    gap = any(trace.header.get("status") in _AT_MINIMUM for trace in traces.values())
+    for name, trace in traces.items():
+        whole = trace.header.get("batches") == "FullBatch()"  # then a value is exact
+        key = "value" if whole else "train_loss"
+        rows = [row.get(key, row["train_loss"]) for row in trace.evaluations]
+        losses[name] = np.array(rows, float)
+        method = trace.header.get("method", "").partition("(")[0]
+        groups[name] = method if method in _OWN_OBJECTIVE else ""
+    if gap:
+        lowest: dict[str, float] = {}
+        for name, loss in losses.items():
+            known = lowest.get(groups[name], math.inf)
+            lowest[groups[name]] = min(known, _least(loss))
+        losses = {name: loss - lowest[groups[name]] for name, loss in losses.items()}
+    return {name: np.where(v > 0, v, np.nan) for name, v in losses.items()}, gap
 
 
-def _verdict(traces: Mapping[str, Trace], reached: float) -> str:
-    """Say who is first at a loss that all have reached, rounded up a little."""
+def _verdict(
+    traces: Mapping[str, Trace], losses: Mapping[str, np.ndarray], gap: bool
+) -> str:
+    """Say who is first at a loss that all have reached, and who gets lowest."""
+    least = {name: _least(loss) for name, loss in losses.items()}
+    reached = max(least.values())
     if len(traces) < 2 or not math.isfinite(reached):
-        return "Training loss over time"
+        return "what is minimised"
     target = float(f"{1.05 * reached:.2g}")
-    times = {name: _time_to(trace, target) for name, trace in traces.items()}
+    times = {}
+    for name, loss in losses.items():
+        there = np.flatnonzero(loss <= target)[0]
+        times[name] = traces[name].evaluations[there]["time"]
     first = min(times, key=lambda name: times[name])
-    return f"{plots.short(first)} is first at {target:g}"
+    lowest = min(least, key=lambda name: least[name])
+    if gap:  # all who converge are lowest, but for rounding
+        return f"{plots.short(first)} is first within {target:g} of the minimum"
+    text = f"{plots.short(first)} is first at a training loss of {target:g}"
+    return text if lowest == first else f"{text}, {plots.short(lowest)} gets lowest"
 
 
-def _finite(row: Mapping[str, float]) -> bool:
-    return math.isfinite(row.get("train_loss", math.nan))
+def _least(values: np.ndarray) -> float:
+    return float(min(values[np.isfinite(values)], default=math.inf))
 
 
-def _time_to(trace: Trace, loss: float) -> float:
-    for row in trace.evaluations:
-        if row.get("train_loss", math.inf) <= loss:
-            return row["time"]
-    return math.inf
+def _headline(picture: figure.Figure, text: str) -> None:
+    """Put a title over all panels, at the left as theirs."""
+    picture.suptitle(text, x=0.01, ha="left", fontsize=14)
 
 
 @plots.matplotlib.rc_context(plots.STYLE)
@@ -191,7 +216,10 @@ def balance(traces: Mapping[str, Trace]) -> figure.Figure:
     panel.set_yticks(range(len(traces)), [plots.short(name) for name in traces])
     panel.set(ylim=(len(traces) - 0.4, -0.6), xlabel="emulated seconds per iteration")
     panel.grid(axis="y", visible=False)
-    panel.set_title(f"Static splitting takes up to {ratio:.1f}x as long")
+    _headline(
+        picture,
+        f"Static splitting takes {ratio:.1f}x as long as portions with backups",
+    )
     picture.legend(loc="outside lower center", ncols=2)
     return picture
 

@@ -106,7 +106,7 @@ def prepare(
             f"{', '.join(METHODS)}, each once."
         )
     for key in ("steps", "eval_every", "checkpoint_every"):
-        if config.get(key, 1) < 1:  # batch methods have keys of their own
+        if key in config and config[key] < 1:  # batch methods have their own
             raise registry.ConfigError(f"{key} is {config[key]}; it must be 1 or more.")
     with _refusals("workload"):
         workload = workloads.make(config.workload, config.seed)

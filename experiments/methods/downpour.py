@@ -7,7 +7,7 @@ import ml_collections
 import dbjax
 from dbjax.downpour.run import Run
 from dbjax.trace import Trace
-from experiments import registry, runtimes
+from experiments import runtimes
 from experiments.methods import minibatches
 from experiments.methods.base import Plan, Session
 from experiments.workloads import Workload
@@ -18,11 +18,7 @@ _ORDER = ("replicas", "shards", "n_fetch", "n_push", "overlap", "warmstart_steps
 def plan(config: ml_collections.ConfigDict, workload: Workload) -> Plan:
     """Say what the run would take."""
     options = config.downpour
-    if options.shards > workload.num_parameters:
-        raise registry.ConfigError(
-            f"downpour.shards is {options.shards}, more than the "
-            f"{workload.num_parameters:,} parameters of {workload.name}."
-        )
+    minibatches.check_shards("downpour", options.shards, workload)
     machines = runtimes.make_cluster(config)
     runtimes.make_runtime(config, machines)
     accrual = options.n_push > 1 or options.n_fetch > 1

@@ -13,6 +13,7 @@ import dbjax
 from dbjax.downpour.run import Run
 from dbjax.trace import Trace
 from dbjax.typing import Batch, Params
+from experiments import registry
 from experiments.methods.base import Plan, Session
 from experiments.workloads import Workload
 
@@ -84,6 +85,24 @@ def train(
         checkpoint_every=config.checkpoint_every,
         **options,
     )
+
+
+def check_shards(part: str, shards: int, workload: Workload) -> None:
+    """Raise if there are more shards than parameters.
+
+    Args:
+      part: of the config, for the error.
+      shards: how many there should be.
+      workload: what is trained.
+
+    Raises:
+      registry.ConfigError: there are too many.
+    """
+    if shards > workload.num_parameters:
+        raise registry.ConfigError(
+            f"{part}.shards is {shards}, more than the "
+            f"{workload.num_parameters:,} parameters of {workload.name}."
+        )
 
 
 def num_bytes(tree: Any) -> int:

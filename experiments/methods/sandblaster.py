@@ -150,6 +150,7 @@ def _plan(kind: Kind, config: ml_collections.ConfigDict, workload: Workload) -> 
     options = options_of(config)
     data = _portions(options, workload)
     _check(options, data, config.seed)
+    minibatches.check_shards("sandblaster", options.shards, workload)
     kind.build(options)
     machines = _cluster(config, options, workload)
     runtimes.make_runtime(config, machines)
@@ -276,7 +277,7 @@ def _warm_start(
         shards=options.shards,
         steps=steps,
         eval_fn=evaluate,
-        eval_every=min(steps, config.get("eval_every", steps)),
+        eval_every=min(steps, config.get("eval_every") or steps),
         checkpoint_dir=session.checkpoints.with_name("warmstart"),
         checkpoint_every=steps,
         runtime=runtimes.make_runtime(config, runtimes.make_cluster(config)),

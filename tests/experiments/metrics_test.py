@@ -45,6 +45,20 @@ def test_a_resumed_run_replaces_what_it_repeats(tmp_path):
     assert len(steps(tmp_path)) == 8
 
 
+def test_what_only_the_run_knows_is_added_at_the_end(tmp_path):
+    console = rich.console.Console(file=io.StringIO())
+    options = {"steps": 4, "batch_size": None, "console": console}
+    with metrics.Writer(tmp_path, "sandblaster_lbfgs", **options) as out:
+        for step in (-8, 0, 1):  # a warm start counts down to 0
+            out.write(step, 1.0, scores(0.1))
+        assert "examples" not in metrics.read(tmp_path / "metrics.jsonl")[-1]
+        out.complete([{"step": 1, "examples": 80, "value": 0.5, "test_loss": 7.0}])
+    rows = metrics.read(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [-8, 0, 1]
+    assert rows[-1]["examples"] == 80 and rows[-1]["value"] == 0.5
+    assert rows[-1]["test_loss"] == 1.0  # what was measured stays
+
+
 def test_a_line_torn_by_a_kill_is_dropped(tmp_path):
     with writer(tmp_path) as out:
         out.write(0, 0.0, scores(0.1))

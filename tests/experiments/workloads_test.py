@@ -70,6 +70,8 @@ def test_full_sizes_are_those_of_the_paper_and_the_readme():
     [
         ({"name": "digit"}, "did you mean 'digits'"),
         ({"name": "digits", "batchsize": 3}, "did you mean 'batch_size'"),
+        ({"name": "digits", "train_on": "fix"}, "train_on .* did you mean 'fixed'"),
+        ({"name": "digits", "activation": "sigmoids"}, "did you mean 'sigmoid'"),
     ],
 )
 def test_what_does_not_exist_names_the_nearest(options, words):
@@ -85,3 +87,28 @@ def test_breast_cancer_is_convex_and_starts_at_zero():
     # Its features are standardised, so a unit step size is of the right order.
     norm = optax.tree.norm(jax.grad(workload.loss)(zero, workload.data.batch(0, 0)))
     assert 0.1 < norm < 10
+
+
+def digits(**options):
+    return workloads.make(
+        ConfigDict({"name": "digits", **SMALL["digits"], **options}), 0
+    )
+
+
+def test_a_fixed_set_is_the_beginning_of_the_stream():
+    stream, fixed = digits(), digits(train_on="fixed", fixed_examples=20)
+    assert stream.fixed is None and len(fixed.fixed["label"]) == 20
+    for name, values in fixed.fixed.items():
+        seen = [stream.data.batch(0, step)[name] for step in range(3)]
+        np.testing.assert_array_equal(values, np.concatenate(seen)[:20])
+    rows = {row.tobytes() for row in fixed.fixed["image"]}
+    assert {row.tobytes() for row in fixed.data.batch(3, 5)["image"]} <= rows
+
+
+@pytest.mark.parametrize("name", ["digits", "breast_cancer"])
+def test_train_loss_is_what_is_minimised(name):
+    options = {"train_on": "images"} if name == "digits" else {}
+    workload = workloads.make(ConfigDict({"name": name, **SMALL[name], **options}), 0)
+    params = jax.tree.map(lambda x: x + 0.1, workload.init(0))
+    loss = workload.loss(params, workload.fixed)
+    np.testing.assert_allclose(workload.evaluate(params)["train_loss"], loss, 1e-5)
