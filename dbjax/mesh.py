@@ -73,8 +73,11 @@ def shardings(params: Params, mesh: Mesh, rules: Rules | None = None) -> Params:
         if rules is None:
             return NamedSharding(mesh, _even(leaf.shape, mesh))
         specs = (spec for pattern, spec in rules if re.search(pattern, name))
-        sharding = NamedSharding(mesh, next(specs, PartitionSpec()))
+        spec = next(specs, PartitionSpec())
         try:
+            if len(spec) > len(leaf.shape):
+                raise ValueError(f"{spec} is for more axes than shape {leaf.shape} has")
+            sharding = NamedSharding(mesh, spec)
             sharding.shard_shape(leaf.shape)
         except ValueError as error:
             raise ValueError(f"rules: {name} does not fit: {error}") from error
