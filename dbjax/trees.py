@@ -18,6 +18,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dbjax.typing import Params
 
+FEW = 10  # rows that are combined term by term
+
 
 def scalar_dtype() -> jnp.dtype:
     """Give the dtype of inner products: float64 where x64 is on, else float32."""
@@ -34,7 +36,12 @@ def vdot(a: Params, b: Params) -> jax.Array:
         >>> print(trees.vdot(a, a))
         7.0
     """
-    return _total(jax.tree.map(_leaf_vdot, a, b))
+    return jnp.sum(leaf_vdots(a, b))
+
+
+def leaf_vdots(a: Params, b: Params) -> jax.Array:
+    """Give the inner products of two trees leaf by leaf, `[leaves]`."""
+    return _stacked(jax.tree.map(_leaf_vdot, a, b), ())
 
 
 def norm(a: Params) -> jax.Array:
@@ -78,31 +85,56 @@ def rows_vdot(rows: Params, v: Params) -> jax.Array:
         >>> print(trees.rows_vdot(jnp.eye(3)[:2], jnp.array([5.0, 6.0, 7.0])))
         [5. 6.]
     """
-    return _total(jax.tree.map(_leaf_rows_vdot, rows, v))
+    return jnp.sum(leaf_rows_vdots(rows, v), 0)
+
+
+def leaf_rows_vdots(rows: Params, v: Params) -> jax.Array:
+    """Give the inner products of all rows with `v` leaf by leaf, `[leaves, m]`."""
+    m = [len(leaf) for leaf in jax.tree.leaves(rows)[:1]]
+    return _stacked(jax.tree.map(_leaf_rows_vdot, rows, v), m or [0])
 
 
 def combine(coefficients: jax.Array, rows: Params) -> Params:
     """Give the sum of the rows, each times its coefficient, reading the rows once.
 
     Args:
-        coefficients: `[m]`.
+        coefficients: `[m]`, or `[leaves, m]` if each leaf has its own.
         rows: leaves `[m, ...]`.
 
     Returns:
         Leaves `[...]`, in float32 where the rows are 16-bit.
     """
-    return jax.tree.map(lambda leaf: _leaf_combine(coefficients, leaf), rows)
+    axes = coefficients.ndim - 1
+    return jax.tree.map(_leaf_combine, split(coefficients, rows, axes), rows)
+
+
+def split(x: jax.Array, tree: Params, axes: int | None = None) -> Params:
+    """Give each leaf its part of `x` if that has a leading axis, or else all of it.
+
+    Args:
+        x: `[leaves, ...]` or `[...]`.
+        tree: whose leaves are meant.
+        axes: 1 or 0, whether there is that axis; by default, whether `x` has any.
+    """
+    axes = x.ndim if axes is None else axes
+    treedef = jax.tree.structure(tree)
+    return treedef.unflatten(list(x) if axes else [x] * treedef.num_leaves)
 
 
 def set_row(rows: Params, index: jax.Array, v: Params, condition: Any) -> Params:
     """Put `v` into row `index` if the condition holds; in place where it is donated."""
 
-    def leaf(rows: jax.Array, v: jax.Array) -> jax.Array:
-        old = jax.lax.dynamic_index_in_dim(rows, index, keepdims=False)
-        new = jnp.where(condition, v.astype(rows.dtype), old)
-        return jax.lax.dynamic_update_index_in_dim(rows, new, index, 0)
+    def put(rows: Params) -> Params:
+        return jax.tree.map(
+            lambda rows, v: jax.lax.dynamic_update_index_in_dim(
+                rows, v.astype(rows.dtype), index, 0
+            ),
+            *(rows, v),
+        )
 
-    return jax.tree.map(leaf, rows, v)
+    # A branch, and not a choice of what to write: XLA would merge that with what reads
+    # the rows next, and copy them whole for it.
+    return jax.lax.cond(condition, put, lambda rows: rows, rows)
 
 
 def zeros_like(
@@ -165,17 +197,24 @@ def _leaf_rows_vdot(rows: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _leaf_combine(coefficients: jax.Array, rows: jax.Array) -> jax.Array:
-    # Term by term, which XLA makes one loop. As a product with a matrix it is no
-    # faster, and rows that were just written to would be copied whole before it.
     wide = _wide(rows)
     coefficients = coefficients.astype(_real(wide))
+    if len(rows) > FEW and rows.dtype == wide:
+        return jax.lax.dot_general(
+            coefficients.astype(wide),
+            rows,
+            (((0,), (0,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+    # Term by term, which XLA makes one loop with what comes before and after; that
+    # many streams at once are all a processor can follow.
     terms = [coefficients[i] * rows[i].astype(wide) for i in range(len(rows))]
     return sum(terms[1:], start=terms[0])
 
 
-def _total(products: Params) -> jax.Array:
+def _stacked(products: Params, shape: Any) -> jax.Array:
     leaves = [x.astype(scalar_dtype()) for x in jax.tree.leaves(products)]
-    return sum(leaves[1:], start=leaves[0]) if leaves else jnp.zeros([], scalar_dtype())
+    return jnp.stack(leaves) if leaves else jnp.zeros((0, *shape), scalar_dtype())
 
 
 def _wide(x: jax.Array) -> jnp.dtype:

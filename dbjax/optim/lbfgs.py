@@ -6,7 +6,7 @@ five single ones), writes one row, and makes one combination. On sharded paramet
 round is one all-reduce.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from dbjax.optim.linesearch import (
 )
 from dbjax.optim.vector_free import Products
 from dbjax.typing import Gradients, Params
+
+Scaling: TypeAlias = Literal["leaf", "whole"]
 
 
 class ScaleByLBFGSState(NamedTuple):
@@ -73,6 +75,7 @@ def scale_by_lbfgs(
     scale_init_precond: bool = True,
     *,
     history_dtype: Any = None,
+    scaling: Scaling = "whole",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiply the gradient by the L-BFGS approximation of the inverse Hessian.
 
@@ -80,8 +83,8 @@ def scale_by_lbfgs(
       H_{j+1} = V_j^\top H_j V_j + \rho_j s_j s_j^\top, \quad
       V_j = I - \rho_j y_j s_j^\top, \quad \rho_j = 1 / s_j^\top y_j
 
-    over the last `memory_size` pairs `s = w' - w` and `y = g' - g`, from `gamma I`. A
-    drop-in for `optax.scale_by_lbfgs`, with the same direction on the same pairs. A
+    over the last `memory_size` pairs `s = w' - w` and `y = g' - g`, from `gamma I`, or
+    from `gamma` times a number for each leaf (`vector_free` has which). A drop-in for `optax.scale_by_lbfgs`, with the same direction on the same pairs. A
     pair with too little curvature is damped or skipped and a direction that does not
     descend is replaced by the gradient, all counted in `state.products`; a gradient
     that is not finite passes through and never enters the history.
@@ -95,6 +98,8 @@ def scale_by_lbfgs(
           `min(1, 1 / |g|)` before there is one); else it is 1.
         history_dtype: the dtype of the pairs, such as `jnp.bfloat16` for half the
           memory; that of the parameters (float32 for float16) if not given.
+        scaling: `"whole"` for `gamma I`, as optax has it, or `"leaf"`, which suits
+          networks and whatever else has leaves of very different scale.
 
     Returns:
         An optax transformation with state `ScaleByLBFGSState`. Its update needs
@@ -121,7 +126,8 @@ def scale_by_lbfgs(
         [-0.5, 0.0]
         [0.0, 0.0]
     """
-    _check(memory_size)
+    _check(memory_size, scaling)
+    by_leaf = scaling == "leaf" and scale_init_precond
     if history_dtype is not None and not jnp.issubdtype(history_dtype, jnp.floating):
         raise ValueError(f"history_dtype={history_dtype}: allowed are float dtypes")
 
@@ -136,7 +142,11 @@ def scale_by_lbfgs(
         def rows(leaf: jax.Array) -> jax.Array:
             return trees.zeros_like(leaf, row_dtype(leaf), memory_size)
 
-        products = vector_free.no_products(memory_size, trees.scalar_dtype())
+        products = vector_free.no_products(
+            memory_size,
+            trees.scalar_dtype(),
+            len(jax.tree.leaves(params)) if by_leaf else None,
+        )
         return ScaleByLBFGSState(
             count=trees.replicated(params, 0, jnp.int32),
             params=jax.tree.map(trees.zeros_like, params),
@@ -158,16 +168,18 @@ def scale_by_lbfgs(
 
         s = jax.tree.map(difference, params, state.params, state.s_history)
         y = jax.tree.map(difference, updates, state.updates, state.y_history)
+        kept = (lambda x: x) if by_leaf else (lambda x: jnp.sum(x, 0))
         products, pair = vector_free.absorb(
             state.products,
             vector_free.Round(
                 rows_sg=trees.rows_vdot(state.s_history, updates),
-                rows_yg=trees.rows_vdot(state.y_history, updates),
+                rows_yg=kept(trees.leaf_rows_vdots(state.y_history, updates)),
                 sy=trees.vdot(s, y),
-                yy=trees.vdot(y, y),
+                yy=kept(trees.leaf_vdots(y, y)),
                 sg=trees.vdot(s, updates),
-                yg=trees.vdot(y, updates),
-                gg=trees.vdot(updates, updates),
+                yg=kept(trees.leaf_vdots(y, updates)),
+                gg=kept(trees.leaf_vdots(updates, updates)),
+                ss=trees.leaf_vdots(s, s) if by_leaf else None,
             ),
         )
         y = jax.tree.map(
@@ -177,7 +189,8 @@ def scale_by_lbfgs(
         y_history = trees.set_row(state.y_history, pair.row, y, pair.accepted)
         found, products = vector_free.coefficients(products, scale_init_precond)
         direction = jax.tree.map(
-            lambda g, s, y: _direction(found.gamma, g, s, y),
+            _direction,
+            trees.split(found.gamma, updates),
             updates,
             trees.combine(found.s, s_history),
             trees.combine(found.y, y_history),
@@ -216,6 +229,7 @@ def lbfgs(
     linesearch: LineSearch | optax.GradientTransformation | None = more_thuente(),  # noqa: B008
     *,
     history_dtype: Any = None,
+    scaling: Scaling = "leaf",
     aux: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Minimise with L-BFGS and a line search; a drop-in for `optax.lbfgs`.
@@ -235,6 +249,8 @@ def lbfgs(
           `optax.scale_by_zoom_linesearch(20)`; or None for the step `eta`, which needs
           no value.
         history_dtype: see `scale_by_lbfgs`.
+        scaling: see `scale_by_lbfgs`, whose `"whole"` has the directions of optax; the
+          same where the parameters are one leaf.
         aux: what `value_fn` returns beside the value, or anything of its structure,
           shapes and dtypes, if it does; `optax.tree.get(state, "aux")` then gives that
           of the newest parameters.
@@ -265,7 +281,7 @@ def lbfgs(
         [1. 2.] 0.0
     """
     direct = scale_by_lbfgs(
-        memory_size, scale_init_precond, history_dtype=history_dtype
+        memory_size, scale_init_precond, history_dtype=history_dtype, scaling=scaling
     )
     rate = 1.0 if learning_rate is None else learning_rate
     if linesearch is None:
@@ -342,7 +358,9 @@ def _step(
     return jax.tree.map(lambda d: jnp.asarray(-eta, d.dtype) * d, direction), state
 
 
-def _check(memory_size: int) -> None:
+def _check(memory_size: int, scaling: str) -> None:
+    if scaling not in get_args(Scaling):
+        raise ValueError(f"scaling={scaling!r}: allowed are 'leaf' and 'whole'")
     if isinstance(memory_size, bool) or not hasattr(memory_size, "__index__"):
         raise TypeError(f"memory_size={memory_size!r}: allowed are integers from 1")
     if memory_size < 1:

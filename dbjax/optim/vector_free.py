@@ -15,8 +15,17 @@ two loops of the two-loop recursion are two triangular systems::
 New in each round are only the products with the newest gradient: those with the newest
 `y` follow, as `y = g - g_before` and the products with `g_before` are known.
 
+`H g` here starts from `gamma I`. Where the vectors come in `k` *blocks*, such as the
+leaves of a tree, it starts from `gamma D`, with `D` constant on each block: there
+`sqrt(s s / y y)` of the newest pair, which is what an inverse Hessian has as its size
+there, and `gamma = s y / y D y`, so that `D` decides between blocks and `gamma` over
+all of them. Layers of a network differ in scale by orders of magnitude, and pairs are
+too few to learn that. It takes the same products, kept apart by block.
+
 Sources: Nocedal and Wright, Numerical Optimization (2006), algorithm 7.4; Byrd, Nocedal
-and Schnabel (1994), theorem 2.2; Chen, Wang and Zhou (2014) for the vector-free form.
+and Schnabel (1994), theorem 2.2; Chen, Wang and Zhou (2014) for the vector-free form;
+Oren and Luenberger (1974) for `gamma`, also under a metric `D`; Gilbert and Lemaréchal
+(1989) for initial matrices that are not multiples of the unit matrix.
 """
 
 from typing import Any, NamedTuple, TypeAlias
@@ -28,6 +37,8 @@ from jax.scipy.linalg import solve_triangular
 # Powell's damping (Nocedal and Wright, procedure 18.2) lifts the curvature to this
 # share of the model's, once it is below that share of it (or negative).
 LIFTED, TOO_SMALL = 0.2, 1e-6
+# Blocks differ from the whole by no more than this factor, up or down.
+APART = 30.0
 # Without a model, curvature counts as none below this.
 FLAT = 1e-8
 
@@ -37,12 +48,15 @@ Scalar: TypeAlias = Any
 class Products(NamedTuple):
     """What is known of the `m` pairs and of the latest gradient `g`; by age.
 
+    With `k` blocks `yy`, `yg`, `gg` and `scale` have a leading axis of that length.
+
     Attributes:
         sy: `[m, m]`, `s_i y_j` for `i <= j`; the unit matrix where there is no pair.
         yy: `[m, m]`, `y_i y_j`; zero where there is no pair.
         sg: `[m]`, `s_i g`.
         yg: `[m]`, `y_i g`.
         gg: `g g`.
+        scale: `D`, from the newest pair; 1 without blocks.
         slope: `g H g` of the latest direction; 0 if there is none to build a pair on.
         pairs: int32, how many pairs are held, at most `m`.
         next: int32, the row of the history that the next pair goes to.
@@ -56,6 +70,7 @@ class Products(NamedTuple):
     sg: jax.Array
     yg: jax.Array
     gg: jax.Array
+    scale: jax.Array
     slope: jax.Array
     pairs: jax.Array
     next: jax.Array
@@ -67,6 +82,9 @@ class Products(NamedTuple):
 class Round(NamedTuple):
     """One round of inner products, with `s`, `y` the newest differences.
 
+    With `k` blocks `rows_yg`, `yy`, `yg`, `gg` and `ss` have a leading axis of that
+    length.
+
     Attributes:
         rows_sg: `[m]`, the rows of `S`, in the order they are stored, with `g`.
         rows_yg: `[m]`, those of `Y`.
@@ -75,6 +93,7 @@ class Round(NamedTuple):
         sg: `s g`.
         yg: `y g`.
         gg: `g g`.
+        ss: `s s`, which only blocks need.
     """
 
     rows_sg: jax.Array
@@ -84,6 +103,7 @@ class Round(NamedTuple):
     sg: jax.Array
     yg: jax.Array
     gg: jax.Array
+    ss: Any = None
 
 
 class Pair(NamedTuple):
@@ -96,22 +116,29 @@ class Pair(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """The direction `H g = gamma g + s S + y Y`, in the order the rows are stored."""
+    """The direction `H g = gamma g + s S + y Y`, in the order the rows are stored.
+
+    With `k` blocks `gamma` and `y` have a leading axis of that length.
+    """
 
     gamma: jax.Array
     s: jax.Array
     y: jax.Array
 
 
-def no_products(memory_size: int, dtype: jnp.dtype) -> Products:
-    """Give what is known before the first gradient."""
+def no_products(
+    memory_size: int, dtype: jnp.dtype, blocks: int | None = None
+) -> Products:
+    """Give what is known before the first gradient, of whole vectors or of `blocks`."""
+    lead = () if blocks is None else (blocks,)
     zeros = [jnp.zeros([], jnp.int32) for _ in range(5)]
     return Products(
         sy=jnp.eye(memory_size, dtype=dtype),
-        yy=jnp.zeros((memory_size, memory_size), dtype),
+        yy=jnp.zeros((*lead, memory_size, memory_size), dtype),
         sg=jnp.zeros(memory_size, dtype),
-        yg=jnp.zeros(memory_size, dtype),
-        gg=jnp.zeros([], dtype),
+        yg=jnp.zeros((*lead, memory_size), dtype),
+        gg=jnp.zeros(lead, dtype),
+        scale=jnp.ones(lead, dtype),
         slope=jnp.zeros([], dtype),
         pairs=zeros[0],
         next=zeros[1],
@@ -125,7 +152,12 @@ def restart(products: Products) -> Products:
     """Forget all pairs; the counts stay, and so does the latest gradient."""
     fresh = no_products(len(products.sg), products.sg.dtype)
     return products._replace(
-        sy=fresh.sy, yy=fresh.yy, sg=fresh.sg, yg=fresh.yg, pairs=fresh.pairs
+        sy=fresh.sy,
+        yy=jnp.zeros_like(products.yy),
+        sg=fresh.sg,
+        yg=jnp.zeros_like(products.yg),
+        scale=jnp.ones_like(products.scale),
+        pairs=fresh.pairs,
     )
 
 
@@ -164,9 +196,10 @@ def absorb(products: Products, new: Round) -> tuple[Products, Pair]:
         yy=damp(damp(new.yy, before[1]), y_before),
         yg=damp(new.yg, new.gg - new.yg),
     )
-    sum_of_all = sum(jnp.sum(x) for x in (*new, theta, tau))
-    accepted = has_before & (damped.sy > 0) & (damped.yy > 0) & jnp.isfinite(sum_of_all)
-    accepted &= jnp.isfinite(damped.sy / damped.yy)
+    sum_of_all = sum(jnp.sum(x) for x in jax.tree.leaves((new, theta, tau)))
+    yy = jnp.sum(damped.yy)
+    accepted = has_before & (damped.sy > 0) & (yy > 0) & jnp.isfinite(sum_of_all)
+    accepted &= jnp.isfinite(damped.sy / yy)
     after = _insert(
         products,
         damped,
@@ -201,9 +234,10 @@ def absorb_apart(
     Returns:
         What is known now, for `coefficients`, and what to do with the pair.
     """
-    sum_of_all = sum(jnp.sum(x) for x in (*new, rows_sy, rows_yy, ss))
+    leaves = jax.tree.leaves((new, rows_sy, rows_yy, ss))
+    sum_of_all = sum(jnp.sum(x) for x in leaves)
     accepted = (new.sy > FLAT * ss) & (ss > 0) & jnp.isfinite(sum_of_all)
-    accepted &= jnp.isfinite(new.sy / new.yy)
+    accepted &= jnp.isfinite(new.sy / jnp.sum(new.yy))
     after = _insert(
         products, new, _by_age(products, rows_sy), _by_age(products, rows_yy), accepted
     )
@@ -216,7 +250,7 @@ def _by_age(products: Products, stored: jax.Array) -> jax.Array:
     """Order what was stored by row, the oldest first; 0 where there is no pair."""
     m = len(products.sg)
     held = jnp.arange(m) >= m - products.pairs
-    return jnp.where(held, jnp.roll(stored, -products.next), 0)
+    return jnp.where(held, jnp.roll(stored, -products.next, -1), 0)
 
 
 def _insert(
@@ -234,7 +268,8 @@ def _insert(
         sy=_grow(products.sy, jnp.zeros_like(rows_sy), rows_sy, new.sy),
         yy=_grow(products.yy, rows_yy, rows_yy, new.yy),
         sg=jnp.append(rows_sg[1:], new.sg),
-        yg=jnp.append(rows_yg[1:], new.yg),
+        yg=jnp.append(rows_yg[..., 1:], new.yg[..., None], -1),
+        scale=products.scale if new.ss is None else _scale(new.ss, new.yy),
         pairs=jnp.minimum(products.pairs + 1, m),
         next=(products.next + 1) % m,
     )
@@ -257,8 +292,16 @@ def coefficients(
         products: as `absorb` gave them.
         scale_init_precond: whether to use `gamma`; else it is 1.
     """
-    sy, yy, sg, yg, gg = products[:5]
-    first = jnp.where(gg > 1, jax.lax.rsqrt(gg), 1) if scale_init_precond else 1.0
+    sy, sg, d = products.sy, products.sg, products.scale
+
+    def weighted(x: jax.Array) -> jax.Array:
+        """The products of whole vectors in the metric `D`."""
+        total = x * d.reshape(*d.shape, *[1] * (x.ndim - d.ndim))
+        return jnp.sum(total, axis=tuple(range(d.ndim)))
+
+    yy, yg, gg = map(weighted, (products.yy, products.yg, products.gg))
+    whole = jnp.sum(products.gg)
+    first = jnp.where(whole > 1, jax.lax.rsqrt(whole), 1) if scale_init_precond else 1.0
     first = jnp.asarray(first, gg.dtype)
     gamma = first
     if scale_init_precond:
@@ -274,22 +317,30 @@ def coefficients(
     failed = (products.pairs > 0) & jnp.isfinite(gg) & (gg > 0) & ~(slope > rounding)
     again = restart(products)._replace(restarts=products.restarts + 1)
     products = jax.tree.map(lambda a, b: jnp.where(failed, a, b), again, products)
-    slope = jnp.where(failed, first * gg, slope)
+    gamma = jnp.where(failed, first, gamma * d)
+    slope = jnp.where(failed, first * whole, slope)
     slope = jnp.where(jnp.isfinite(slope), slope, 0)
 
     def stored(x: jax.Array) -> jax.Array:
         return jnp.roll(jnp.where(failed, 0, x), products.next)
 
-    found = Coefficients(
-        jnp.where(failed, first, gamma), stored(c), stored(-gamma * alpha)
-    )
+    found = Coefficients(gamma, stored(c), gamma[..., None] * stored(-alpha))
     return found, products._replace(slope=slope)
+
+
+def _scale(ss: jax.Array, yy: jax.Array) -> jax.Array:
+    """The inverse Hessian's size on each block, over its size on the whole."""
+    ratio = jnp.sqrt(ss / yy) / jnp.sqrt(jnp.sum(ss) / jnp.sum(yy))
+    sound = (ss > 0) & (yy > 0) & jnp.isfinite(ratio)
+    return jnp.where(sound, jnp.clip(ratio, 1 / APART, APART), 1)
 
 
 def _grow(
     old: jax.Array, row: jax.Array, column: jax.Array, corner: jax.Array
 ) -> jax.Array:
     """Drop the oldest row and column and add the newest."""
-    grown = jnp.pad(old[1:, 1:], ((0, 1), (0, 1)))
-    grown = grown.at[-1, :-1].set(row[1:]).at[:-1, -1].set(column[1:])
-    return grown.at[-1, -1].set(corner)
+    side = [(0, 0)] * (old.ndim - 2)
+    grown = jnp.pad(old[..., 1:, 1:], [*side, (0, 1), (0, 1)])
+    grown = grown.at[..., -1, :-1].set(row[..., 1:])
+    grown = grown.at[..., :-1, -1].set(column[..., 1:])
+    return grown.at[..., -1, -1].set(corner)
