@@ -7,7 +7,7 @@ run into them. All is sized to be read at half the width of a README.
 
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -86,11 +86,15 @@ def short(name: str) -> str:
     return name.removeprefix("sandblaster_")
 
 
-def examples_seen(trace: Trace) -> np.ndarray:
-    """Give the training examples seen by each evaluation, float `[evaluations]`."""
+def examples_seen(trace: Trace, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Give the training examples seen by each of the Trace's evaluations, `[rows]`."""
     size = trace.header.get("batch_size", 1)
-    rows = trace.evaluations
     return np.array([row.get("examples", row["step"] * size) for row in rows], float)
+
+
+def evaluated(trace: Trace) -> list[dict[str, Any]]:
+    """Give the evaluations with scores; a batch method records every iteration."""
+    return [row for row in trace.evaluations if "test_accuracy" in row]
 
 
 @matplotlib.rc_context(STYLE)
@@ -99,14 +103,14 @@ def curves(traces: Mapping[str, Trace], title: str) -> figure.Figure:
     picture, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2))
     mixed = any(map(is_batch, traces.values()))
     for (name, trace), colour in zip(traces.items(), COLOURS * 9, strict=False):
-        rows = trace.evaluations
+        rows = evaluated(trace)
         step, time, accuracy, loss = (
             np.array([row[key] for row in rows], float)
             for key in ("step", "time", "test_accuracy", "test_loss")
         )
         begun = time > 0  # a logarithmic axis has no place for the start
         label = f"{short(name)}, {replicas(trace)}"
-        seen = examples_seen(trace) if mixed else step
+        seen = examples_seen(trace, rows) if mixed else step
         left.plot(time[begun], 100 * accuracy[begun], color=colour, label=label)
         left.plot(time[-1], 100 * accuracy[-1], "o", color=colour)
         right.plot(seen, loss, color=colour)
@@ -127,7 +131,7 @@ def curves(traces: Mapping[str, Trace], title: str) -> figure.Figure:
 
 def time_to(trace: Trace, accuracy: float) -> float:
     """Say when the test accuracy first was `accuracy`; infinity if it never was."""
-    for row in trace.evaluations:
+    for row in evaluated(trace):
         if row["test_accuracy"] >= accuracy:
             return row["time"]
     return math.inf
@@ -141,7 +145,7 @@ def _mark_lead(panel: axes.Axes, traces: Mapping[str, Trace]) -> str:
     """
     if len(traces) != 2:
         return ": test accuracy over time"
-    best = [max(row["test_accuracy"] for row in t.evaluations) for t in traces.values()]
+    best = [max(row["test_accuracy"] for row in evaluated(t)) for t in traces.values()]
     target = min(best) - 0.03
     times = {name: time_to(trace, target) for name, trace in traces.items()}
     first = min(times, key=lambda name: times[name])

@@ -67,13 +67,14 @@ def progress(traces: Mapping[str, Trace], title: str) -> figure.Figure:
         if not plots.is_batch(trace):
             step[:] = np.nan  # a minibatch is no iteration
         iterations = np.where(step >= 0, step, np.nan)  # below 0 is the warm start
-        passes = plots.examples_seen(trace) / examples
+        passes = plots.examples_seen(trace, trace.evaluations) / examples
         time = np.array([row["time"] for row in trace.evaluations])
         label = f"{plots.short(name)}, {plots.replicas(trace)}"
+        known = np.isfinite(losses[name])
+        loss = losses[name][known]
         for panel, x in zip(panels, (iterations, passes, time), strict=True):
-            panel.plot(x, losses[name], color=colour, label=label)
-            end = np.flatnonzero(np.isfinite(losses[name]))[-1:]
-            panel.plot(x[end], losses[name][end], "o", color=colour)
+            panel.plot(x[known], loss, color=colour, label=label)
+            panel.plot(x[known][-1:], loss[-1:], "o", color=colour)
     what = "training loss above its minimum" if gap else "training loss"
     left.set(yscale="log", ylabel=what, xlabel="iterations", title="over iterations")
     middle.set(xscale="log", xlabel="passes over all training examples")
@@ -102,8 +103,9 @@ def _losses(traces: Mapping[str, Trace]) -> tuple[dict[str, np.ndarray], bool]:
     for name, trace in traces.items():
         whole = trace.header.get("batches") == "FullBatch()"  # then a value is exact
         key = "value" if whole else "train_loss"
-        rows = [row.get(key, row["train_loss"]) for row in trace.evaluations]
-        losses[name] = np.array(rows, float)
+        # A row without scores is of an iteration that was not evaluated.
+        found = [row.get(key, row.get("train_loss")) for row in trace.evaluations]
+        losses[name] = np.array(found, float)
         method = trace.header.get("method", "").partition("(")[0]
         groups[name] = method if method in _OWN_OBJECTIVE else ""
     if gap:

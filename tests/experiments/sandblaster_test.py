@@ -37,20 +37,12 @@ def test_the_clock_and_the_evaluations_begin_with_the_warm_start(warmed):
     assert steps == list(range(5))  # of the warm start there is only its end
     assert trace.evaluations[0]["time"] > 20 * 0.05
     assert trace.start.min() > 20 * 0.05
+    assert trace.evaluations[0]["value"] < 0.5 < np.log(2)  # which a cold one has
     assert result["time"] == trace.evaluations[-1]["time"]
     examples = [row["examples"] for row in trace.evaluations]
     assert examples[0] == 20 * 4 + 400 and examples == sorted(examples)
     for row, mine in zip(trace.evaluations, rows(workdir), strict=True):
         assert mine == {**row, "method": "sandblaster_lbfgs"}
-
-
-def test_a_warm_start_lowers_the_loss_that_iterations_begin_with(warmed, tmp_path):
-    cold, _ = run(small(iterations=1), tmp_path)
-    first = [
-        outcomes["sandblaster_lbfgs"].trace.evaluations[0]["value"]
-        for outcomes in (warmed[1], cold)
-    ]
-    assert first[0] < first[1]
 
 
 def test_a_run_that_broke_resumes_to_the_same_rows(warmed, tmp_path, monkeypatch):
@@ -63,6 +55,8 @@ def test_a_run_that_broke_resumes_to_the_same_rows(warmed, tmp_path, monkeypatch
         real(self, step, *rest)
 
     monkeypatch.setattr(metrics.Writer, "write", write)
+    for module in (plots, plots_sandblaster):
+        monkeypatch.setattr(module, "draw", lambda *_, **__: [])
     with pytest.raises(OSError, match="no space left"):
         run(small(warmstart_steps=20), tmp_path)
     outcomes, said = run(small(warmstart_steps=20), tmp_path)
@@ -98,9 +92,10 @@ def test_a_plan_knows_how_many_vectors_a_checkpoint_holds(tmp_path, name, batche
 
 
 def test_on_threads_too(tmp_path):
-    config = small()
+    config = small(batches="multi", eval_every=3)
     config.runtime = "threads"
     outcomes, _ = run(config, tmp_path)
+    assert [row["step"] for row in rows(tmp_path)] == [0, 3, 4]
     assert outcomes["sandblaster_lbfgs"].result["iterations"] == 4
     assert not (tmp_path / "sandblaster_balance.png").exists()
     assert (tmp_path / "sandblaster_lbfgs_portions.png").exists()
