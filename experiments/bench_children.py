@@ -1,4 +1,4 @@
-"""The measurements of `bench_downpour` that need a process of their own."""
+"""The measurements of the benchmarks that need a process of their own."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 import dbjax
@@ -19,6 +20,7 @@ from experiments.bench_problems import SIZES, examples, initial, loss_fn
 _ENVIRONMENT = {
     # XLA's pool must have room for all parts of a collective.
     "data_parallel": {"NPROC": "64"},
+    "lbfgs_on_devices": {"NPROC": "64"},
     # glibc then gives large arrays back as they die, instead of keeping some for later:
     # what is left is what the emulation holds.
     "emulate_memory": {"MALLOC_MMAP_THRESHOLD_": "65536"},
@@ -73,6 +75,51 @@ def data_parallel(steps: int) -> dict[str, Any]:
         jax.block_until_ready(params)
         seen.append(time.perf_counter() - begin)
     return {"rate": 1 / statistics.mean(sorted(seen)[: int(0.9 * steps)])}
+
+
+def lbfgs_on_devices(
+    kind: str, jitted: bool, scaling: Any, devices: int = 8
+) -> dict[str, Any]:
+    """Count the collectives of an L-BFGS direction, and what its state takes.
+
+    Args:
+      kind: of the mesh's axis, Auto or Explicit.
+      jitted: whether `init` is.
+      scaling: see `dbjax.scale_by_lbfgs`.
+      devices: host devices to make.
+    """
+    jax.config.update("jax_num_cpu_devices", devices)
+    axis = jax.sharding.AxisType[kind]
+    mesh = jax.make_mesh((devices,), ("model",), axis_types=(axis,))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model", None))
+    params = {name: jax.device_put(np.ones((1024, 64), "f"), split) for name in "ab"}
+
+    def collectives(rule: Any) -> tuple[Any, dict[str, int]]:
+        init = jax.jit(rule.init) if jitted else rule.init
+        state = init(params)
+        step = jax.jit(lambda g, state, p: rule.update(g, state, p), donate_argnums=1)
+        text = step.lower(params, state, params).compile().as_text() or ""
+        names = "all-reduce", "all-gather", "all-to-all", "collective-permute"
+        counts = {n: text.count(f" {n}(") + text.count(f" {n}-start(") for n in names}
+        return state, counts
+
+    state, counts = collectives(dbjax.scale_by_lbfgs(10, scaling=scaling))
+    large = [leaf for leaf in jax.tree.leaves(state) if leaf.size > 1000]
+    held = [sum(x.addressable_shards[d].data.nbytes for x in large)
+            for d in range(devices)]  # fmt: skip
+    try:
+        found = collectives(optax.scale_by_lbfgs(10))[1]["all-reduce"]
+        theirs = f"{found}, some of them in loops over the memory"
+    except Exception as error:  # of whatever type: optax 0.2.8 fails on Explicit meshes
+        theirs = type(error).__name__
+    all_reduces = counts.pop("all-reduce")
+    return {
+        "all_reduces": all_reduces,
+        "others": sum(counts.values()),
+        "largest": max(held),
+        "whole": sum(leaf.nbytes for leaf in large),
+        "optax": theirs,
+    }
 
 
 def emulate_memory(

@@ -10,21 +10,15 @@ version slot of an emulation has its memory. `machine.run`, which is timed then,
 whole of what `dbjax.replay` does for each row.
 """
 
-import argparse
-import json
 import math
-import os
-import pathlib
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
-import rich.table
 
 import dbjax
 from dbjax.downpour.compiled import chunk_rows
@@ -44,38 +38,7 @@ from experiments.bench_problems import (
     loss_fn,
     scan_loop,
 )
-
-
-class Row(NamedTuple):
-    """A figure.
-
-    Attributes:
-      section: where it belongs.
-      what: what was run.
-      value: with its unit.
-      baseline: what it is compared with.
-      ratio: over the baseline.
-      limit: of the ratio, as text.
-      notes: whatever else was seen.
-    """
-
-    section: str
-    what: str
-    value: str
-    baseline: str = ""
-    ratio: float | None = None
-    limit: str = ""
-    notes: str = ""
-
-    @property
-    def cells(self) -> list[str]:
-        """As text."""
-        ratio = "" if self.ratio is None else f"{self.ratio:.3f}"
-        head = self.section, self.what, self.value, self.baseline
-        return [*head, ratio, self.limit, self.notes]
-
-
-Options = argparse.Namespace
+from experiments.bench_table import Options, Row, list_of, make_parser, run
 
 # replay, exact
 
@@ -382,61 +345,14 @@ def _memory_row(what: str, seen: dict[str, Any], limit: int) -> Row:
 SECTIONS = {f.__name__: f for f in (replay, exact, simulate, sweep, threads, memory)}
 
 
-def show(rows: list[Row], console: rich.console.Console) -> None:
-    """Print the rows as a table."""
-    table = rich.table.Table(*(name.capitalize() for name in Row._fields))
-    for row in rows:
-        table.add_row(*row.cells)
-    console.print(table)
-
-
-def write(rows: list[Row], out: pathlib.Path) -> None:
-    """Leave the rows as `out.json` and `out.md`."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    about = {"jax": jax.__version__, "cores": os.cpu_count(), "batch": BATCH}
-    content = about | {"rows": [row._asdict() for row in rows]}
-    out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-    lines = ["| " + " | ".join(Row._fields) + " |", "|---" * len(Row._fields) + "|"]
-    for row in rows:
-        lines.append("| " + " | ".join(row.cells) + " |")
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
-
-
-def _list_of(known: Any) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(
-                    f"{name!r} is not among {', '.join(known)}"
-                )
-        return names
-
-    return parse
-
-
 def main() -> None:
     """Run the sections asked for."""
-    parser = argparse.ArgumentParser(description="Downpour's speed and memory.")
-    parser.add_argument("--only", type=_list_of(SECTIONS), default=list(SECTIONS))
-    parser.add_argument("--sizes", type=_list_of(SIZES), default=list(SIZES))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--quick", action="store_true", help="short runs, to try it out"
-    )
+    parser = make_parser("Downpour's speed and memory.", SECTIONS)
+    parser.add_argument("--sizes", type=list_of(SIZES), default=list(SIZES))
     parser.add_argument(
         "--full", action="store_true", help="200 replicas at 42M as well"
     )
-    parser.add_argument("--out", type=pathlib.Path, help="for OUT.json and OUT.md")
-    options = parser.parse_args()
-    console, rows = rich.console.Console(width=150), []
-    for name in options.only:
-        with console.status(name):
-            mine = SECTIONS[name](options)
-        show(mine, console)
-        rows += mine
-        if options.out:
-            write(rows, options.out)
+    run(SECTIONS, parser.parse_args(), about={"batch": BATCH})
 
 
 if __name__ == "__main__":

@@ -82,22 +82,22 @@ class Times(NamedTuple):
       first: seconds of each one's first segment, compilation included; not counted.
     """
 
-    wall: dict[str, list[float]]
-    cpu: dict[str, list[float]]
-    first: dict[str, float]
+    wall: dict[Any, list[float]]
+    cpu: dict[Any, list[float]]
+    first: dict[Any, float]
 
-    def median(self, name: str) -> float:
+    def median(self, name: Any) -> float:
         """The median of a side's seconds a row."""
         return statistics.median(self.wall[name])
 
-    def ratios(self, name: str, base: str, cpu: bool = False) -> list[float]:
+    def ratios(self, name: Any, base: Any, cpu: bool = False) -> list[float]:
         """One side over another, round by round."""
         times = self.cpu if cpu else self.wall
         return [a / b for a, b in zip(times[name], times[base], strict=True)]
 
 
 def interleave(
-    runs: dict[str, Callable[[int], None]], segment: int, warm: int, rounds: int
+    runs: dict[Any, Callable[[int], None]], segment: int, warm: int, rounds: int
 ) -> Times:
     """Call `run(rows)` of each in turn, first with `warm` rows, which do not count."""
     times = Times({name: [] for name in runs}, {name: [] for name in runs}, {})
