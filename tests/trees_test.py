@@ -31,7 +31,16 @@ def test_products_and_combinations_equal_those_of_long_vectors():
     close(trees.vdot(a, b), flat(a) @ flat(b))
     close(trees.norm(a), np.linalg.norm(flat(a)))
     close(trees.rows_vdot(rows, a), flat(rows, M) @ flat(a))
+    close(jnp.sum(trees.leaf_vdots(a, b)), flat(a) @ flat(b))
+    each = [trees.rows_vdot(rows[name], a[name]) for name in ("b", "scalar", "w")]
+    close(trees.leaf_rows_vdots(rows, a), each)
     close(flat(trees.combine(c, rows)), np.asarray(c) @ flat(rows, M))
+    each = trees.combine(jnp.stack([c, 2 * c, 3 * c]), rows)
+    close(each["w"], 3 * trees.combine(c, rows["w"]))
+    many = jnp.linspace(-1, 1, 4 * trees.FEW)
+    rows = random_tree(3, 4 * trees.FEW)
+    want = np.asarray(many) @ flat(rows, 4 * trees.FEW)
+    np.testing.assert_allclose(flat(trees.combine(many, rows)), want, atol=1e-5)
     close(flat(trees.axpy(-0.5, a, b)), flat(b) - 0.5 * flat(a))
 
 
@@ -82,7 +91,9 @@ def test_set_row(condition):
     np.testing.assert_array_equal(flat(got, M), want)
 
 
-def test_a_row_is_written_in_place():
+@pytest.mark.parametrize("m", [10, 20])
+@pytest.mark.parametrize("shape", [(50, 40), (2000,)])
+def test_a_row_is_written_in_place(shape, m):
     """No copy of the rows, although they are read before and after."""
 
     def f(rows, v):
@@ -90,6 +101,6 @@ def test_a_row_is_written_in_place():
         rows = trees.set_row(rows, jnp.int32(1), v, jnp.sum(c) > 0)
         return trees.combine(c, rows), rows
 
-    rows, v = jnp.ones((10, 50, 40)), jnp.ones((50, 40))
+    rows, v = jnp.ones((m, *shape)), jnp.ones(shape)
     compiled = jax.jit(f, donate_argnums=0).lower(rows, v).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < rows.nbytes / 3

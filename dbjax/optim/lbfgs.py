@@ -84,10 +84,11 @@ def scale_by_lbfgs(
       V_j = I - \rho_j y_j s_j^\top, \quad \rho_j = 1 / s_j^\top y_j
 
     over the last `memory_size` pairs `s = w' - w` and `y = g' - g`, from `gamma I`, or
-    from `gamma` times a number for each leaf (`vector_free` has which). A drop-in for `optax.scale_by_lbfgs`, with the same direction on the same pairs. A
-    pair with too little curvature is damped or skipped and a direction that does not
-    descend is replaced by the gradient, all counted in `state.products`; a gradient
-    that is not finite passes through and never enters the history.
+    from `gamma` times a number for each leaf (`vector_free` has which). A drop-in for
+    `optax.scale_by_lbfgs`, with the same direction on the same pairs. A pair with too
+    little curvature is damped or skipped and a direction that does not descend is
+    replaced by the gradient, all counted in `state.products`; a gradient that is not
+    finite passes through and never enters the history.
 
     Differences from float32 gradients are kept in float32; their inner products
     accumulate there too, the coefficients made from them in float64 where x64 is on.

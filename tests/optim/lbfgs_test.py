@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from dbjax.optim import lbfgs, linesearch, scale_by_lbfgs
+from dbjax.optim import lbfgs, linesearch, minimize, scale_by_lbfgs
 from dbjax.optim.linesearch import words
+from dbjax.optim.status import CONVERGED
 from tests import textbook
 
 ZOOM = functools.partial(
@@ -336,6 +337,163 @@ def test_a_search_that_finds_nothing_drops_the_history():
     assert state[0].products.pairs == 0
 
 
+def test_scaling_by_leaf_is_the_dense_inverse_hessian_from_its_diagonal():
+    """In the textbook `H` starts from `gamma D`, `D` as `vector_free` defines it."""
+    m, points, gradients = 3, *walk(9)
+    rule = scale_by_lbfgs(m, scaling="leaf")
+    got, state = directions(rule, points, gradients)
+    assert state.products.yy.shape == (3, m, m)
+    order = flat(trees_of(np.arange(9)))
+    points, gradients = (x[:, order].astype("float64") for x in (points, gradients))
+    s, y = np.diff(points, axis=0)[-m:], np.diff(gradients, axis=0)[-m:]
+    sizes = [leaf.size for leaf in jax.tree.leaves(trees_of(np.arange(9)))]
+    cuts = np.cumsum(sizes)[:-1]
+    whole = np.linalg.norm(s[-1]) / np.linalg.norm(y[-1])
+    parts = [np.linalg.norm(v) for v in np.split(s[-1], cuts)]
+    parts = parts / np.array([np.linalg.norm(v) for v in np.split(y[-1], cuts)])
+    d = np.repeat(parts / whole, sizes)
+    start = d * (s[-1] @ y[-1]) / (y[-1] @ (d * y[-1]))
+    root = np.sqrt(start)  # H from D is that of the variables w / root from the unit
+    scaled = textbook.inverse_hessian(list(s / root), list(y * root), 1.0, 9)
+    want = root * (scaled @ (root * gradients[-1]))
+    np.testing.assert_allclose(got[-1], want, rtol=1e-3, atol=1e-3 * np.abs(want).max())
+    np.testing.assert_allclose(state.products.slope, want @ gradients[-1], rtol=1e-3)
+
+
+def test_scaling_by_leaf_is_no_other_for_a_single_leaf():
+    points, gradients = walk(9)
+    plain, _ = directions(RULE(3, True), points, gradients, lambda x: x)
+    leaf = scale_by_lbfgs(3, scaling="leaf")
+    got, _ = directions(leaf, points, gradients, lambda x: x)
+    np.testing.assert_allclose(got, plain, rtol=1e-5, atol=1e-6)
+
+
+def two_scales(params):
+    """Two leaves of very different curvature, and one that does not count."""
+    a, b = params["a"] - 1, params["b"] - 1
+    far = jnp.linspace(1, 10, a.size), jnp.linspace(1e3, 1e4, b.size)
+    return jnp.sum(far[0] * a**2) + jnp.sum(far[1] * b**2) + 0 * jnp.sum(params["c"])
+
+
+def test_scaling_by_leaf_saves_evaluations_where_leaves_differ_and_none_may_be_flat():
+    params = {name: jnp.zeros(30) for name in "abc"}
+    spent = {
+        scaling: minimize(
+            two_scales,
+            params,
+            optimizer=lbfgs(memory_size=5, scaling=scaling),
+            gradient_tolerance=1e-2,
+        )
+        for scaling in ("leaf", "whole")
+    }
+    assert all(result.status == CONVERGED for result in spent.values())
+    assert spent["leaf"].evaluations < 0.8 * spent["whole"].evaluations
+
+
+@pytest.mark.parametrize("m", [10, 20])
+@pytest.mark.parametrize("scaling", ["leaf", "whole"])
+def test_an_update_in_place_copies_no_history(scaling, m):
+    params = {"w": jnp.ones((40, 50)), "b": jnp.ones(2000)}
+    rule = scale_by_lbfgs(m, scaling=scaling)
+    state = rule.init(params)
+    step = jax.jit(rule.update, donate_argnums=1).lower(params, state, params)
+    memory = step.compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 8 * 4000 * 4  # a few vectors, not m of them
+
+
+def test_inside_nnx_optimizer():
+    """The modules' own loop; `nnx.Optimizer` hands on value, grad and value_fn."""
+    from flax import nnx
+
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    x, y = jnp.sin(jnp.arange(12.0)).reshape(4, 3), jnp.ones((4, 2))
+    optimizer = nnx.Optimizer(model, lbfgs(memory_size=3), wrt=nnx.Param)
+    graphdef, _ = nnx.split(model)
+
+    def loss(state):
+        return jnp.mean((nnx.merge(graphdef, state)(x) - y) ** 2)
+
+    @nnx.jit
+    def step(model, optimizer):
+        params = nnx.state(model, nnx.Param)
+        value, grad = jax.value_and_grad(loss)(params)
+        optimizer.update(model, grad, value=value, grad=grad, value_fn=loss)
+        return value
+
+    values = [float(step(model, optimizer)) for _ in range(8)]
+    assert values[-1] < 1e-4 * values[0]
+    assert optimizer.step[...] == 8
+
+
+@pytest.mark.parametrize("linesearch_", [None, linesearch.more_thuente()])
+def test_inside_the_wrappers_of_optax(linesearch_):
+    """Injected hyperparameters, a schedule, and gradients gathered over steps."""
+    start = jnp.array([2.0, -1.0])
+
+    def loss(w):
+        return jnp.sum(jnp.array([1.0, 4.0]) * w**2)
+
+    make = functools.partial(lbfgs, memory_size=2, linesearch=linesearch_)
+    schedule = optax.exponential_decay(0.5, 3, 0.9)
+    injected = optax.inject_hyperparams(
+        make, static_args=("memory_size", "scale_init_precond", "scaling")
+    )
+    rules = {
+        "injected": injected(learning_rate=0.5),
+        "injected schedule": injected(learning_rate=schedule),
+        "schedule": make(learning_rate=schedule),
+    }
+    if linesearch_ is None:  # a search must see the value of what it steps from
+        rules["gathered"] = optax.MultiSteps(make(0.5), 2).gradient_transformation()
+    for name, rule in rules.items():
+        params, values, _ = loop_with(optax.with_extra_args_support(rule), loss, start)
+        assert values[-1] < 0.05 * values[0], name
+        assert jnp.isfinite(params).all()
+
+
+def loop_with(rule, loss, params, steps=10):
+    """The plain loop, value and gradient made anew, in one compiled step."""
+
+    @jax.jit
+    def step(params, state):
+        value, grad = jax.value_and_grad(loss)(params)
+        updates, state = rule.update(
+            grad, state, params, value=value, grad=grad, value_fn=loss
+        )
+        return optax.apply_updates(params, updates), state, value
+
+    state, values = rule.init(params), []
+    for _ in range(steps):
+        params, state, value = step(params, state)
+        values.append(float(value))
+    assert step._cache_size() <= 2  # optax's wrappers begin with weak types
+    return params, values, state
+
+
+def test_value_and_grad_come_from_the_state_without_an_evaluation():
+    calls = []
+
+    def loss(w):
+        jax.debug.callback(lambda: calls.append(1))
+        return jnp.sum((w - 1) ** 4)
+
+    rule, params = lbfgs(), jnp.array([3.0, 0.5])
+    state = rule.init(params)
+    value, grad = optax.value_and_grad_from_state(loss)(params, state=state)
+    updates, state = rule.update(
+        grad, state, params, value=value, grad=grad, value_fn=loss
+    )
+    params = optax.apply_updates(params, updates)
+    jax.effects_barrier()
+    before = len(calls)
+    kept = optax.value_and_grad_from_state(loss)(params, state=state)
+    jax.effects_barrier()
+    assert len(calls) == before
+    want = jax.value_and_grad(lambda w: jnp.sum((w - 1) ** 4))(params)
+    np.testing.assert_allclose(kept[0], want[0], rtol=1e-6)
+    np.testing.assert_allclose(kept[1], want[1], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("error", "words_in_error", "make"),
     [
@@ -344,6 +502,7 @@ def test_a_search_that_finds_nothing_drops_the_history():
         (TypeError, "memory_size=2.5", lambda: lbfgs(memory_size=2.5)),
         (TypeError, "memory_size=True", lambda: lbfgs(memory_size=True)),
         (ValueError, "history_dtype=int8", lambda: lbfgs(history_dtype="int8")),
+        (ValueError, "scaling='row'", lambda: lbfgs(scaling="row")),
         (TypeError, "linesearch='zoom'", lambda: lbfgs(linesearch="zoom")),
         (
             ValueError,
