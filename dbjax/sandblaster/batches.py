@@ -196,10 +196,15 @@ class MultiBatch(_Settled):
     sample. A step is shortened where the overlap's loss does not fall. Such a run ends
     at its limit of iterations: on a sample, nothing can be told to have converged.
 
+    The overlap is all that judges a step and all that a pair is made from, so it must
+    not be small itself: with a quarter of a small sample more steps are refused, at one
+    evaluation each, than the portions seen twice would cost.
+
     Attributes:
       portions: in a sample; at least 2, at most all there are.
       overlap: the share of a sample that is in the next one too, up to a half; at
-        least one portion.
+        least one portion. The paper's experiments, with large samples and steps of
+        fixed length, use less.
       seed: of the order in which portions are drawn, epoch by epoch.
 
     References:
@@ -208,7 +213,7 @@ class MultiBatch(_Settled):
     """
 
     portions: int
-    overlap: float = 0.25
+    overlap: float = 0.5
     seed: int = 0
 
     apart = True
@@ -326,8 +331,12 @@ class ProgressiveBatch:
     grows to where it would hold; what is there stays, so a pair for L-BFGS comes from
     the batch that both of its points have seen. A full batch is a full batch.
 
+    The later paper's test of the inner products `g_p g` allows smaller batches, but no
+    replica can report them: it would have to know `g` while `g` is being computed.
+
     Attributes:
-      portions: in the first batch; at least 2.
+      portions: in the first batch; at least 2, of which the variance can be told but
+        poorly.
       theta: how much noise is allowed, relative to the gradient; positive.
       growth: the batch grows by this factor at once, at most; above 1.
       seed: of the order in which portions join.
@@ -340,7 +349,7 @@ class ProgressiveBatch:
     """
 
     portions: int = 2
-    theta: float = 0.9
+    theta: float = 0.7
     growth: float = 4.0
     seed: int = 0
 
