@@ -9,7 +9,6 @@ found within 2,000 evaluations.
 """
 
 import importlib.util
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from dbjax.optim import minimize
 from experiments.bench_downpour import Options, Row
 from experiments.classic_problems import PROBLEMS, Problem, tau_of
 
-ITERATIONS, EVALUATIONS = 1000, 2000
+ITERATIONS, EVALUATIONS, BLOCK = 1000, 2000, 256
 PEERS = {"float64": ("scipy",), "float32": ("optax", "jaxopt")}
 
 Solver = Callable[[np.ndarray, int], Any]  # (start, index of the problem) -> the point
@@ -93,20 +92,29 @@ class Course:
         self.visited.clear()
         end = np.asarray(solver(start, index))
         jax.effects_barrier()
-        spent = len(self.visited)
-        block = np.zeros((2 ** math.ceil(math.log2(spent + 1)), self.size))
-        block[0], block[1 : spent + 1] = end, self.visited
-        with jax.enable_x64(True):
-            value, *values = np.asarray(self._exact(block, index))[: spent + 1]
+        value, *values = self._in_float64([end, *self.visited], index)
         values = values[:EVALUATIONS]
-        solved = [
-            problem.solved(value, tau) and any(problem.solved(v, tau) for v in values)
-            for tau in (tau_of(self.dtype), tau_of(self.dtype, strict=True))
-        ]
-        good = (
-            k for k, v in enumerate(values, 1) if problem.solved(v, tau_of(self.dtype))
+        half, more = tau_of(self.dtype), tau_of(self.dtype, strict=True)
+
+        def first(tau: float) -> int | None:
+            good = (k for k, v in enumerate(values, 1) if problem.solved(v, tau))
+            return next(good, None)
+
+        return Outcome(
+            solved=problem.solved(value, half) and first(half) is not None,
+            strictly=problem.solved(value, more) and first(more) is not None,
+            evaluations=first(half),
+            spent=len(self.visited),
+            value=value,
         )
-        return Outcome(*solved, next(good, None), spent, float(value))
+
+    def _in_float64(self, points: list[np.ndarray], index: int) -> list[float]:
+        """The values, a block at a time, so that one program does for all."""
+        blocks = np.zeros((-(-len(points) // BLOCK), BLOCK, self.size))
+        blocks.reshape(-1, self.size)[: len(points)] = points
+        with jax.enable_x64(True):
+            values = [np.asarray(self._exact(block, index)) for block in blocks]
+        return np.concatenate(values)[: len(points)].tolist()
 
 
 def ours(course: Course) -> Solver:
@@ -215,12 +223,11 @@ def compare(
     dtype: str, names: Sequence[str], problems: Sequence[Problem] = PROBLEMS
 ) -> dict[str, list[Outcome]]:
     """Give what each solver makes of each problem."""
-    found = {}
+    found, course = {}, Course(dtype, problems)
     for name in names:
         with jax.enable_x64(dtype == "float64"), warnings.catch_warnings():
             if name == "jaxopt":
                 warnings.simplefilter("ignore")
-            course = Course(dtype, problems)
             solver = SOLVERS[name](course)
             found[name] = [course.run(solver, i) for i in range(len(problems))]
     return found

@@ -156,6 +156,9 @@ def test_a_wall_close_to_the_minimum_is_no_trap():
         (words.NOT_FINITE, lambda t: (0.0 if t == 0 else np.nan, -1.0)),
         (words.FAILED, lambda t: (0.0, -1.0) if t == 0 else (1.0 + t, 1.0)),
         (words.INCONSISTENT, lambda t: (1.0 + t, -1.0)),
+        (words.INCONSISTENT, lambda t: (1.0 + t, -0.03)),
+        (words.LOST, lambda t: (1.0 + 1e-4 * (t > 0), -1e-9)),
+        (words.LOST, lambda t: (1e-20 * (1 + (t > 0)), -1e-23)),
     ],
 )
 def test_a_search_without_result_says_why_and_ends_at_the_start(name, status, phi):

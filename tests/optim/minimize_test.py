@@ -98,12 +98,15 @@ def test_a_batch_of_problems_where_one_fails():
 START = np.array([-1.2, 0.5], np.float32)
 
 
-@jax.custom_vjp
-def lying(x):
+@jax.custom_jvp
+def lying(x, factor=-1.0):
     return jnp.sum(x**2)
 
 
-lying.defvjp(lambda x: (lying(x), x), lambda x, g: (-2 * g * x,))
+@lying.defjvp
+def _(primals, tangents):
+    x, factor = primals
+    return lying(x, factor), factor * jnp.vdot(2 * x, tangents[0])
 
 
 def walled(x):
@@ -123,7 +126,9 @@ def kink(x):
 ENDS = {
     "constant": (CONVERGED, lambda x: 0.0 * jnp.sum(x)),
     "start not finite": (NOT_FINITE, lambda x: jnp.nan * jnp.sum(x)),
-    "lying gradient": (INCONSISTENT, lying),
+    "lying gradient": (INCONSISTENT, lambda x: lying(x, -1.0)),
+    "gradient lying a little": (INCONSISTENT, lambda x: lying(x - 30, -0.05)),
+    "falls for ever": (LIMIT, lambda x: -jnp.sum(x)),
     "kink at the start": (SEARCH_FAILED, lambda x: kink(x - START)),
     "kink on the way": (SMALL_STEP, lambda x: kink(x - 1)),
     "lost in rounding": (SMALL_STEP, lambda x: rosenbrock(3e3 * x) + 1e7),
@@ -172,6 +177,17 @@ def test_the_end_is_honest_for_optimizers_without_a_search(status, rate, f):
     assert status_of(result.status) is status_of(status)
     assert jnp.isfinite(result.params).all()
     assert not result.value > f(START)
+
+
+@pytest.mark.parametrize("offset", [1e3, -1e3])
+def test_value_tolerance_is_a_share_of_the_absolute_value(offset):
+    result = minimize(
+        *(lambda x: rosenbrock(x) + offset, START),
+        **dict(gradient_tolerance=0.0, value_tolerance=0.1),
+    )
+    assert status_of(result.status) is status_of(SMALL_STEP)
+    assert 10 < result.evaluations < 60
+    assert "stopped falling" in result.message
 
 
 def test_a_run_goes_on_from_its_state_with_its_history():

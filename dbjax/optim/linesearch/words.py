@@ -125,7 +125,7 @@ def failure(start: Point, now: Point, level: jax.Array, before: jax.Array) -> ja
     """
     change = now.value - start.value
     falls = (now.slope < 0) & (jnp.abs(now.slope - start.slope) <= -start.slope / 2)
-    rises = (change > 0) & (change <= -10 * now.step * start.slope)
+    rises = (change > 0) & (change <= -100 * now.step * start.slope)
     told = jnp.abs(change) > 100 * level
     inconsistent = jnp.where(told, falls & rises, before == INCONSISTENT)
     verdict = jnp.where(falls, LOST, FAILED)
