@@ -114,26 +114,13 @@ def digits(
     )
     flat = images.reshape(-1, 64) - stream.mean
     plain = {"image": flat[train], "label": labels[train]}
-    fixed = registry.choose(
-        "workload.train_on",
-        train_on,
-        {
-            "stream": lambda: None,
-            "fixed": lambda: _first(stream, fixed_examples),
-            "images": lambda: plain,
-        },
-    )()
+    what, fixed = _training_set(train_on, stream, fixed_examples, plain)
     data = stream if fixed is None else dbjax.from_arrays(fixed, batch_size, seed=seed)
-    what = {
-        "stream": "augmented without end",
-        "fixed": f"{fixed_examples:,} augmented versions",
-        "images": f"{len(train):,} of them",
-    }
     sizes = (64, *hidden, 10)
     network = _Network(sizes, function, inputs="image", labels="label")
     return Workload(
         "digits",
-        f"8 x 8 images, {what[train_on]}, network {_arrows(sizes)}",
+        f"8 x 8 images, {what}, network {_arrows(sizes)}",
         network.init,
         network.loss,
         data,
@@ -321,6 +308,22 @@ def _evaluation(
         return {name: float(value) for name, value in measure(params, splits).items()}
 
     return evaluate
+
+
+def _training_set(
+    name: str, stream: streams.AugmentedImages, count: int, plain: Batch
+) -> tuple[str, Batch | None]:
+    """Say what digits trains on, and give it if it has an end."""
+    words, make = registry.choose(
+        "workload.train_on",
+        name,
+        {
+            "stream": ("augmented without end", lambda: None),
+            "fixed": (f"{count:,} augmented versions", lambda: _first(stream, count)),
+            "images": (f"{len(plain['label']):,} of them", lambda: plain),
+        },
+    )
+    return words, make()
 
 
 def _first(stream: streams.AugmentedImages, count: int) -> Batch:

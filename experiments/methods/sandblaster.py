@@ -1,14 +1,14 @@
 """Sandblaster: batch methods on a fixed set of examples, cut in portions.
 
-`KINDS` names them; each is the method `sandblaster_<name>`. All share the config's part
-`sandblaster`, whose keys are the fields of `Options`. A warm start is Downpour, or SGD
-with one replica, on the same machines; the run's clock and evaluations begin with it.
+Each of `kinds.KINDS` is the method `sandblaster_<name>`. A warm start is Downpour, or
+SGD with one replica, on the same machines; the run's clock and evaluations begin with
+it.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_collections
@@ -16,111 +16,21 @@ import ml_collections
 import dbjax
 from dbjax import sandblaster
 from dbjax.data import ArrayData
-from dbjax.sandblaster.batches import Batches
-from dbjax.sandblaster.methods import Method as BatchMethod
 from dbjax.sandblaster.schedule import STRATEGIES, ideal_seconds
+from dbjax.trace import Trace
 from dbjax.typing import Params
 from experiments import registry, runtimes
 from experiments.methods import minibatches
 from experiments.methods.base import Method, Plan, Session
+from experiments.methods.kinds import (
+    BATCH_VECTORS,
+    BATCHES,
+    KINDS,
+    Kind,
+    Options,
+    options_of,
+)
 from experiments.workloads import Workload
-
-
-class Options(NamedTuple):
-    """What `config.sandblaster` may hold; `minimize` knows more of most.
-
-    Attributes:
-      replicas, shards, iterations, tolerance, push_every, strategy, copies: as there.
-      portion_size: examples in a portion.
-      memory_size: pairs that L-BFGS and its relatives keep.
-      l1: weight of the L1 norm, for `owlqn`.
-      lower, upper: the bounds of every parameter, for `box`.
-      batches: "full", "multi" or "progressive".
-      batch_portions: portions in a sample, or in the first batch.
-      overlap: the share of a sample that is in the next one too, for "multi".
-      theta, growth: how much noise is allowed, and the most that a batch grows by at
-        once, for "progressive".
-      eval_every, checkpoint_every: iterations between them.
-      warmstart_steps: minibatches before the first iteration.
-      warmstart_replicas, warmstart_optimizer, warmstart_learning_rate: who computes
-        them, and how.
-    """
-
-    replicas: int = 8
-    shards: int = 1
-    portion_size: int = 50
-    iterations: int = 100
-    tolerance: float = 1e-5
-    push_every: int = 4
-    strategy: str = "backups"
-    copies: int = 4
-    memory_size: int = 10
-    l1: float = 0.001
-    lower: float = -1.0
-    upper: float = 1.0
-    batches: str = "full"
-    batch_portions: int = 8
-    overlap: float = 0.25
-    theta: float = 0.9
-    growth: float = 4.0
-    eval_every: int = 1
-    checkpoint_every: int = 20
-    warmstart_steps: int = 0
-    warmstart_replicas: int = 1
-    warmstart_optimizer: str = "sgd"
-    warmstart_learning_rate: float = 0.1
-
-
-class Kind(NamedTuple):
-    """A batch method by name.
-
-    Attributes:
-      build: `build(options) -> method`.
-      vectors: `vectors(options)`, how many there are on the shards.
-      evaluations: of the batch that an iteration usually takes.
-    """
-
-    build: Callable[[Options], BatchMethod]
-    vectors: Callable[[Options], int]
-    evaluations: float
-
-
-_HAND = 6  # vectors that every method has: x, x+, g, g+, d, y+
-
-KINDS: Mapping[str, Kind] = {
-    "lbfgs": Kind(
-        lambda o: sandblaster.LBFGS(memory_size=o.memory_size),
-        lambda o: _HAND + 1 + 2 * o.memory_size,
-        evaluations=1.1,
-    ),
-    "gradient_descent": Kind(
-        lambda o: sandblaster.GradientDescent(), lambda o: _HAND, evaluations=1.2
-    ),
-    "conjugate_gradient": Kind(
-        lambda o: sandblaster.ConjugateGradient(), lambda o: _HAND, evaluations=2.0
-    ),
-    "owlqn": Kind(
-        lambda o: sandblaster.OWLQN(o.l1, memory_size=o.memory_size),
-        lambda o: _HAND + 6 + 2 * o.memory_size,
-        evaluations=1.2,
-    ),
-    "box": Kind(
-        lambda o: sandblaster.BoxLBFGS(o.lower, o.upper, memory_size=o.memory_size),
-        lambda o: _HAND + 5 + 2 * o.memory_size,
-        evaluations=1.2,
-    ),
-}
-
-BATCHES: Mapping[str, Callable[[Options, int], Batches]] = {
-    "full": lambda o, seed: sandblaster.FullBatch(),
-    "multi": lambda o, seed: sandblaster.MultiBatch(
-        o.batch_portions, overlap=o.overlap, seed=seed
-    ),
-    "progressive": lambda o, seed: sandblaster.ProgressiveBatch(
-        o.batch_portions, theta=o.theta, growth=o.growth, seed=seed
-    ),
-}
-_BATCH_VECTORS = {"full": 0, "multi": 4, "progressive": 1}
 
 
 def methods() -> dict[str, Method]:
@@ -133,18 +43,6 @@ def methods() -> dict[str, Method]:
     }
 
 
-def options_of(config: ml_collections.ConfigDict) -> Options:
-    """Read `config.sandblaster`.
-
-    Raises:
-      registry.ConfigError: it has a key that does not exist.
-    """
-    given = config.sandblaster.to_dict()
-    for name in given:
-        registry.choose("a key of sandblaster", name, dict.fromkeys(Options._fields))
-    return Options(**given)
-
-
 def _plan(kind: Kind, config: ml_collections.ConfigDict, workload: Workload) -> Plan:
     """Say what the run would take."""
     options = options_of(config)
@@ -155,7 +53,7 @@ def _plan(kind: Kind, config: ml_collections.ConfigDict, workload: Workload) -> 
     machines = _cluster(config, options, workload)
     runtimes.make_runtime(config, machines)
     size = minibatches.num_bytes(jax.eval_shape(workload.init, config.seed))
-    vectors = kind.vectors(options) + _BATCH_VECTORS[options.batches]
+    vectors = kind.vectors(options) + BATCH_VECTORS[options.batches]
     sampled = options.batches == "multi"
     portions = options.batch_portions if sampled else data.num_portions
     emulate = functools.partial(
@@ -219,33 +117,41 @@ def _run(
         checkpoint_every=options.checkpoint_every,
         runtime=runtimes.make_runtime(config, machines),
     )
-    # If nothing had to wait for anything; iterations take more than one evaluation.
-    portions = run.info.portions_evaluated / max(1, run.iterations)
+    # What an iteration takes if nothing has to wait for anything.
+    ideal = ideal_seconds(machines, options.replicas, 1, config.seed)
     header = {
         **run.trace.header,
         "examples": data.num_examples,
         "seconds_per_iteration": dict(run.info.seconds_per_iteration),
-        "ideal_seconds_per_iteration": portions
-        * ideal_seconds(machines, options.replicas, 1, config.seed),
+        "ideal_seconds_per_iteration": ideal
+        * run.info.portions_evaluated
+        / max(1, run.iterations),
     }
     each = data.num_examples / data.num_portions
     begun = options.warmstart_steps * workload.batch_size
     after = [
-        {
-            **row,
-            "time": row["time"] + seconds,
-            "examples": begun + round(each * row["portions"]),
-        }
+        row | {"examples": begun + round(each * row["portions"])}
         for row in run.trace.evaluations
     ]
-    trace = dataclasses.replace(
-        run.trace,
+    return run._replace(trace=_later(run.trace, seconds, header, before, after))
+
+
+def _later(
+    trace: Trace,
+    seconds: float,
+    header: dict[str, Any],
+    before: list[dict[str, Any]],
+    after: list[dict[str, Any]],
+) -> Trace:
+    """Let a Trace begin after a warm start, whose evaluations are `before`."""
+    rows = [row | {"time": row["time"] + seconds} for row in after]
+    return dataclasses.replace(
+        trace,
         header=header,
-        evaluations=(*before, *after),
-        time=run.trace.time + seconds,
-        start=run.trace.start + seconds,
+        evaluations=(*before, *rows),
+        time=trace.time + seconds,
+        start=trace.start + seconds,
     )
-    return run._replace(trace=trace)
 
 
 def _warm_start(

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from dbjax import checkpoint
 from experiments import dry_run, metrics, plots, plots_sandblaster, registry, train
-from experiments.methods import METHODS, Session, sandblaster
+from experiments.methods import METHODS, Session, kinds
 from tests.experiments.train_and_evaluate_test import SANDBLASTER, rows, run
 
 
@@ -76,7 +76,7 @@ def test_the_report_says_why_it_ended(warmed):
 
 @pytest.mark.parametrize(
     ("name", "batches"),
-    [*((name, "full") for name in sandblaster.KINDS)]
+    [*((name, "full") for name in kinds.KINDS)]
     + [("lbfgs", "multi"), ("lbfgs", "progressive")],
 )
 def test_a_plan_knows_how_many_vectors_a_checkpoint_holds(tmp_path, name, batches):
@@ -131,7 +131,7 @@ def test_a_stream_without_end_is_refused(tmp_path):
 
 
 def test_methods_are_named_by_what_they_are():
-    assert {f"sandblaster_{name}" for name in sandblaster.KINDS} < set(METHODS)
+    assert {f"sandblaster_{name}" for name in kinds.KINDS} < set(METHODS)
 
 
 def test_a_dry_run_says_what_is_needed():
