@@ -5,6 +5,7 @@ served; a replica's pushes run beside its computing. Nobody asks for time: the c
 the heap's.
 """
 
+import array
 import functools
 import heapq
 import itertools
@@ -66,7 +67,7 @@ class Emulation:
             replicas,
             shards,
         )
-        self._rows: list[list[Any]] = []
+        self._rows = array.array("d")  # row by row; there may be millions
         self._heap: list[Any] = []
         self._order = itertools.count()
         self._done_at: float | None = None
@@ -79,7 +80,7 @@ class Emulation:
         self._batches = [0] * replicas
         self._unsent = [0] * replicas  # gradients that a failure would take
         self._computing: list[tuple[Compute, float] | None] = [None] * replicas
-        self._row: list[int] = [-1] * replicas  # of the gradient just finished
+        self._row = [-1] * replicas  # where that of the gradient just finished begins
         ends = shards + 1
         self._last = [([0.0] * ends, [0.0] * ends) for _ in range(replicas)]
         # Of each push under way: shards that have not added it, or not said so.
@@ -130,7 +131,7 @@ class Emulation:
 
     def columns(self) -> dict[str, np.ndarray]:
         """Give the Trace's columns, by time."""
-        table = np.array(self._rows, np.float64).reshape(-1, len(_FIELDS))
+        table = np.array(self._rows).reshape(-1, len(_FIELDS))
         table = table[np.argsort(table[:, _FIELDS.index("time")], kind="stable")]
         return dict(zip(_FIELDS, table.T, strict=True))
 
@@ -276,7 +277,7 @@ class Emulation:
                 self._begin(now, replica, up)
         elif isinstance(order, Keep):
             self._unsent[replica] += 1
-            self._rows[self._row[replica]][_STATUS] = TAKEN
+            self._rows[self._row[replica] + _STATUS] = TAKEN
         elif isinstance(order, Push):
             shards = order.shards
             every = range(self._desk.shards) if shards is None else shards
@@ -327,9 +328,9 @@ class Emulation:
         step: int = -1, batch: int = -1, version: int = -1, base: int = -1,
         count: int = 0, status: int = TAKEN, nbytes: float = 0, id_: int = -1,
     ) -> None:  # fmt: skip
-        self._rows.append(
-            [kind, time, start, replica, shard, step, batch, version, base, count,
-             status, int(nbytes), id_]
+        self._rows.extend(
+            (kind, time, start, replica, shard, step, batch, version, base, count,
+             status, int(nbytes), id_)
         )  # fmt: skip
 
 
