@@ -9,6 +9,7 @@ made from them (coefficients, slopes) then loses nothing more. Complex leaves co
 pairs of reals: an inner product is its real part.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -121,15 +122,26 @@ def split(x: jax.Array, tree: Params, axes: int | None = None) -> Params:
     return treedef.unflatten(list(x) if axes else [x] * treedef.num_leaves)
 
 
-def set_row(rows: Params, index: jax.Array, v: Params, condition: Any) -> Params:
-    """Put `v` into row `index` if the condition holds; in place where it is donated."""
+def set_row(
+    rows: Params,
+    index: jax.Array,
+    v: Any,
+    condition: Any,
+    make: Callable[..., jax.Array] | None = None,
+) -> Params:
+    """Put `v` into row `index` if the condition holds; in place where it is donated.
+
+    With `make`, `v` is a tuple of trees, and the row is what `make` gives of their
+    leaves, made as it is written.
+    """
 
     def put(rows: Params) -> Params:
+        new = v if make is None else jax.tree.map(make, *v)
         return jax.tree.map(
             lambda rows, v: jax.lax.dynamic_update_index_in_dim(
                 rows, v.astype(rows.dtype), index, 0
             ),
-            *(rows, v),
+            *(rows, new),
         )
 
     # A branch, and not a choice of what to write: XLA would merge that with what reads

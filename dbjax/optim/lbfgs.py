@@ -183,11 +183,11 @@ def scale_by_lbfgs(
                 ss=trees.leaf_vdots(s, s) if by_leaf else None,
             ),
         )
-        y = jax.tree.map(
-            lambda y, g: _damped(y, g, pair.theta, pair.tau), y, state.updates
-        )
         s_history = trees.set_row(state.s_history, pair.row, s, pair.accepted)
-        y_history = trees.set_row(state.y_history, pair.row, y, pair.accepted)
+        y_history = trees.set_row(
+            *(state.y_history, pair.row, (y, state.updates), pair.accepted),
+            make=lambda y, g_before: _damped(y, g_before, pair.theta, pair.tau),
+        )
         found, products = vector_free.coefficients(products, scale_init_precond)
         direction = jax.tree.map(
             _direction,
