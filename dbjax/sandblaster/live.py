@@ -208,8 +208,9 @@ class LiveReplicas:
                 portion = published.portions[order.portion]
             times = self._failures[portion] = self._failures.get(portion, 0) + 1
             if times >= MOST_FAILURES:
+                what = type(order).__name__ if portion < 0 else f"portion {portion}"
                 raise ReplicaError(
-                    f"replica {replica} failed at portion {portion}, which has failed "
+                    f"replica {replica} failed at {what}, which has failed "
                     f"{times} times: {error!r}"
                 ) from error
         landed = self.vectors.fence(replica, order.life)
@@ -224,6 +225,7 @@ class _Hand:
     def __init__(self, crew: LiveReplicas, replica: int) -> None:
         self._crew, self._replica = crew, replica
         self._life = self._batches = self._first_id = 0
+        self._failed = -1  # the last life that ended with an error
         self._fetched: Published | None = None
         self._finished: tuple[int, Gradients] | None = None
         self._accrued: Gradients | None = None
@@ -236,8 +238,16 @@ class _Hand:
 
     def obey(self, order: Any) -> Iterator[Message]:
         """Carry out an order, in this replica's thread."""
-        with jax.enable_x64(self._crew.x64):
-            yield from self._obey(order)
+        if order.life <= self._failed:
+            return
+        try:
+            with jax.enable_x64(self._crew.x64):
+                yield from self._obey(order)
+        except BaseException:
+            # Nothing that it was told after this may happen in this life: a later push
+            # would pass for a sign that this one has landed.
+            self._failed = order.life
+            raise
 
     def _obey(self, order: Any) -> Iterator[Message]:
         if order.life > self._life:  # born again: nothing of before counts

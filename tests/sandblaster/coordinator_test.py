@@ -16,6 +16,7 @@ from tests import textbook
 from tests.sandblaster.driving import Driven, Portions
 
 PORTIONS = Portions()
+MIXED = Portions(mixed=0.5)
 L1 = np.array([0.0, 0.5, 0.5, 2.0, 4.0, 0.5])
 METHODS = {
     "gradient descent": dbjax.GradientDescent(),
@@ -46,7 +47,7 @@ def search_of(machine):
 
 def textbook_path(method, iterations):
     wolfe, armijo = more_thuente, backtracking
-    arguments = PORTIONS.loss, PORTIONS.start
+    arguments = MIXED.loss, MIXED.start
     if method == "lbfgs":
         search = search_of(wolfe(value_rtol=2e-15))
         return textbook.lbfgs_path(*arguments, search, 3, iterations)
@@ -64,7 +65,7 @@ def textbook_path(method, iterations):
 def test_walks_the_path_of_the_textbook(method):
     iterations = 7
     driven = Driven(
-        PORTIONS, METHODS[method], dbjax.FullBatch(), iterations=iterations
+        MIXED, METHODS[method], dbjax.FullBatch(), iterations=iterations
     ).run()
     want = textbook_path(method, iterations)
     assert driven.state.iterations == iterations

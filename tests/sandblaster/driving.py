@@ -12,22 +12,25 @@ from dbjax.sandblaster.messages import Dots, Evaluate, Evaluated, Reached
 class Portions:
     """Strongly convex losses of different curvature, in float64 numpy.
 
-    Portion `p` has `1 + p % 3` examples and the loss of `a_p (x - c_p)^2`, with a
-    quartic term beside it.
+    Portion `p` has `1 + p % 3` examples and the loss of `a_p (M x - c_p)^2`, with a
+    quartic term beside it; `M` lets coefficients depend on one another.
     """
 
-    def __init__(self, portions=12, size=6, seed=0, noise=1.0):
+    def __init__(self, portions=12, size=6, seed=0, noise=1.0, mixed=0.0):
         random = np.random.default_rng(seed)
         self.size, self.count = size, portions
         self.curvature = random.uniform(0.5, 3.0, (portions, size))
         self.centre = 1 + noise * random.standard_normal((portions, size))
+        self.mix = np.eye(size)
+        if mixed:
+            self.mix += mixed * random.standard_normal((size, size))
         self.examples = 1 + np.arange(portions) % 3
         self.start = random.standard_normal(size)
 
     def one(self, p, x):
-        r = x - self.centre[p]
+        r = self.mix @ x - self.centre[p]
         value = np.sum(self.curvature[p] * r**2) / 2 + np.sum(r**4) / 20
-        return value, self.curvature[p] * r + r**3 / 5
+        return value, self.mix.T @ (self.curvature[p] * r + r**3 / 5)
 
     def of(self, portions, x):
         """Mean value and gradient of some portions."""

@@ -8,7 +8,7 @@ import pytest
 import dbjax
 from dbjax.optim.status import Status
 from dbjax.runtime.threads import ReplicaError
-from dbjax.sandblaster import live
+from dbjax.sandblaster import live, vectors
 from dbjax.trace import FAIL, JOIN, PUSH, RESTART
 from tests.problems import alarm
 from tests.sandblaster import problems
@@ -93,6 +93,38 @@ def test_failing_replicas_change_nothing_but_the_time(
     assert run.info.portions.returned > 0
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_a_push_that_some_shards_have_added_is_repaired_on_the_others(
+    seed, monkeypatch
+):
+    """The replica dies between two shards: nothing is lost, and nothing twice."""
+    keywords = {
+        "portion_size": 2, "iterations": 6, "tolerance": 0, "shards": 3,
+        "replicas": 3, "push_every": 2,
+    }  # fmt: skip
+    want = minimize(**keywords)
+    add, lock, pushes = vectors.Vectors.add, threading.Lock(), []
+
+    def dies(self, into, gradients, replica, life, id_, shards=None, record=None):
+        with lock:
+            pushes.append(id_)
+            count = len(pushes)
+        landed = (count // 9 + seed) % 3
+        if shards is not None or count % 9 != 4:
+            add(self, into, gradients, replica, life, id_, shards, record)
+        else:
+            add(self, into, gradients, replica, life, id_, range(landed), record)
+            raise OSError("the cable is cut")
+
+    monkeypatch.setattr(vectors.Vectors, "add", dies)
+    run = minimize(runtime=dbjax.Threads(), **keywords)
+    assert run.info.portions.repaired > 0
+    assert run.info.portions.returned > run.info.portions.repaired
+    assert run.evaluations == want.evaluations
+    assert_close(run.params, want.params, 1e-3)
+    run.trace.validate()
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("method", ["lbfgs", "l1", "bounds"])
 def test_every_method_and_batch_survives(method, rule):
@@ -101,14 +133,14 @@ def test_every_method_and_batch_survives(method, rule):
         "iterations": 6, "tolerance": 0, "replicas": 3, "shards": 2, "push_every": 2,
     }  # fmt: skip
     want = minimize(**keywords)
-    flaky = Flaky(11, share=0.15)
+    flaky = Flaky(11, share=0.5)
     run = minimize(
         data=Wrapped(flaky, SQUARES.data(2)), runtime=dbjax.Threads(), **keywords
     )
     assert run.evaluations == want.evaluations
     assert run.info.portions_evaluated == want.info.portions_evaluated
     assert_close(run.params, want.params, 1e-3)
-    assert (run.trace.kind == FAIL).any()
+    assert flaky.failures > 0
 
 
 def test_a_portion_that_often_fails_and_then_does_not_is_no_end():
