@@ -21,7 +21,7 @@ import optax
 import scipy.optimize
 
 from dbjax.optim import minimize
-from experiments.bench_downpour import Options, Row
+from experiments.bench_table import Options, Row
 from experiments.classic_problems import PROBLEMS, Problem, tau_of
 
 ITERATIONS, EVALUATIONS, BLOCK = 1000, 2000, 256

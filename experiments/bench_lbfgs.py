@@ -21,6 +21,7 @@ import dbjax
 from dbjax import trees
 from dbjax.typing import Params
 from experiments.bench_children import child
+from experiments.bench_classic import problems
 from experiments.bench_lbfgs_peers import SIDES, Outcome
 from experiments.bench_lbfgs_problems import PROBLEMS
 from experiments.bench_problems import SIZES, Times, initial, interleave
@@ -222,7 +223,7 @@ def sharded(options: Options) -> list[Row]:
 # The script.
 
 SECTIONS: dict[str, Section] = {
-    f.__name__: f for f in (loss, direction, sharded, cluster, progressive)
+    f.__name__: f for f in (loss, direction, sharded, problems, cluster, progressive)
 }
 
 

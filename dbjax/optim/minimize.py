@@ -66,6 +66,12 @@ class _Loop(NamedTuple):
     failed: jax.Array  # whether the last search found nothing
 
 
+class _Rule(NamedTuple):
+    max_iterations: Any
+    gradient_tolerance: Any
+    value_tolerance: Any
+
+
 def minimize(
     value_fn: Callable[..., Any],
     params: Params,
@@ -114,6 +120,7 @@ def minimize(
     ):
         if not isinstance(number, jax.core.Tracer) and not number >= 0:
             raise ValueError(f"{name}={number}: allowed are numbers from 0")
+    rule = _Rule(max_iterations, gradient_tolerance, value_tolerance)
     optimizer = optax.with_extra_args_support(optimizer or lbfgs())
 
     def value_of(params: Params) -> jax.Array:
@@ -133,68 +140,83 @@ def minimize(
         params = optax.apply_updates(loop.params, updates)
         search = _found(state, ScaleByLineSearchState)
         if search is None:
-            (value, grad), spent = evaluate(params), 1
-            failed, verdict = jnp.zeros([], bool), RUNNING
-        else:
-            value, grad, spent = search.value, search.grad, search.evaluations
-            value = value.astype(loop.value.dtype)
-            failed = search.learning_rate == 0
-            verdict = _verdict(search, state, loop.value)
-        size = _largest(grad)
-        finite = jnp.isfinite(value) & jnp.isfinite(size)
-        closed = finite & (size <= gradient_tolerance)
-        floor = jnp.maximum(value_tolerance, 10 * jnp.finfo(value.dtype).eps)
-        falls = finite & (value < loop.fallen - floor * jnp.abs(loop.fallen))
-        stalled = jnp.where(falls, 0, loop.stalled + spent)
-        flatter = (value == loop.best[1]) & (size < loop.best[2])
-        better = closed | finite & ((value < loop.best[1]) | flatter)
-        iterations = loop.iterations + 1
-        return _Loop(
-            params=params,
-            value=value,
-            grad=grad,
-            best=trees.where(better, (params, value, size), loop.best),
-            state=state,
-            status=_first(
-                (closed, CONVERGED),
-                (~finite, NOT_FINITE),
-                (failed & loop.failed, verdict),
-                (stalled >= PATIENCE, SMALL_STEP),
-                (iterations >= max_iterations, LIMIT),
-            ),
-            iterations=iterations,
-            evaluations=loop.evaluations + spent,
-            fallen=jnp.where(falls, value, loop.fallen),
-            stalled=stalled,
-            failed=failed | jnp.asarray(no_history),
-        )
+            return _after(loop, rule, params, state, *evaluate(params))
+        value = search.value.astype(loop.value.dtype)
+        return _after(loop, rule, params, state, value, search.grad)
 
     params = jax.tree.map(jnp.asarray, params)
-    value, grad = evaluate(params)
+    start = _start(rule, params, *evaluate(params))
+    if state is None:
+        start = start._replace(state=optimizer.init(params))
+    else:  # the first direction has a history, and the gradient is still to be tried
+        start = start._replace(state=state, failed=jnp.zeros([], bool))
+    end = jax.lax.while_loop(lambda loop: loop.status == RUNNING, body, start)
+    return MinimizeResult(
+        *end.best, end.status, end.iterations, end.evaluations, end.state
+    )
+
+
+def _start(rule: _Rule, params: Params, value: jax.Array, grad: Gradients) -> _Loop:
     size = _largest(grad)
-    first = state is None  # the first direction is then the gradient
-    state = optimizer.init(params) if first else state
-    no_history = _found(state, ScaleByLBFGSState) is None
-    start = _Loop(
+    return _Loop(
         params=params,
         value=value,
         grad=grad,
         best=(params, value, size),
-        state=state,
+        state=None,
         status=_first(
             (~(jnp.isfinite(value) & jnp.isfinite(size)), NOT_FINITE),
-            (size <= gradient_tolerance, CONVERGED),
-            (jnp.asarray(max_iterations) <= 0, LIMIT),
+            (size <= rule.gradient_tolerance, CONVERGED),
+            (jnp.asarray(rule.max_iterations) <= 0, LIMIT),
         ),
         iterations=jnp.zeros([], jnp.int32),
         evaluations=jnp.ones([], jnp.int32),
         fallen=value,
         stalled=jnp.zeros([], jnp.int32),
-        failed=jnp.asarray(first or no_history),
+        failed=jnp.ones([], bool),
     )
-    end = jax.lax.while_loop(lambda loop: loop.status == RUNNING, body, start)
-    return MinimizeResult(
-        *end.best, end.status, end.iterations, end.evaluations, end.state
+
+
+def _after(
+    loop: _Loop,
+    rule: _Rule,
+    params: Params,
+    state: Any,
+    value: jax.Array,
+    grad: Gradients,
+) -> _Loop:
+    """Take in where an update has led."""
+    search = _found(state, ScaleByLineSearchState)
+    spent = 1 if search is None else search.evaluations
+    failed = jnp.zeros([], bool) if search is None else search.learning_rate == 0
+    size = _largest(grad)
+    finite = jnp.isfinite(value) & jnp.isfinite(size)
+    closed = finite & (size <= rule.gradient_tolerance)
+    floor = jnp.maximum(rule.value_tolerance, 10 * jnp.finfo(value.dtype).eps)
+    falls = finite & (value < loop.fallen - floor * jnp.abs(loop.fallen))
+    stalled = jnp.where(falls, 0, loop.stalled + spent)
+    flatter = (value == loop.best[1]) & (size < loop.best[2])
+    better = closed | finite & ((value < loop.best[1]) | flatter)
+    verdict = jnp.asarray(_verdict(search, state, loop))
+    iterations = loop.iterations + 1
+    return _Loop(
+        params=params,
+        value=value,
+        grad=grad,
+        best=trees.where(better, (params, value, size), loop.best),
+        state=state,
+        status=_first(
+            (closed, CONVERGED),
+            (~finite, NOT_FINITE),
+            (failed & (verdict != RUNNING), verdict),
+            (stalled >= PATIENCE, SMALL_STEP),
+            (iterations >= rule.max_iterations, LIMIT),
+        ),
+        iterations=iterations,
+        evaluations=loop.evaluations + spent,
+        fallen=jnp.where(falls, value, loop.fallen),
+        stalled=stalled,
+        failed=failed,
     )
 
 
@@ -205,12 +227,18 @@ def _found(state: Any, kind: type) -> Any:
     return found[0] if len(found) == 1 else None
 
 
-def _verdict(search: ScaleByLineSearchState, state: Any, value: jax.Array) -> jax.Array:
-    """The status to end with if this search has found nothing along the gradient."""
+def _verdict(search: Any, state: Any, loop: _Loop) -> Any:
+    """The status to end with, if any, once a search has found nothing."""
+    if search is None:
+        return RUNNING
     direction = _found(state, ScaleByLBFGSState)
-    promise = jnp.inf if direction is None else direction.products.slope
-    lost = promise <= words.noise(value)
+    if direction is None:
+        again, promise = jnp.zeros([], bool), jnp.inf
+    else:  # after a direction with a history, the gradient is tried
+        again, promise = ~loop.failed, direction.products.slope
+    lost = promise <= words.noise(loop.value)
     return _first(
+        (again, RUNNING),
         (search.status == words.INCONSISTENT, INCONSISTENT),
         (search.status == words.NOT_FINITE, NOT_FINITE),
         (lost | (search.status == words.LOST), SMALL_STEP),

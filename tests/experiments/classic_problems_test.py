@@ -116,7 +116,7 @@ def test_in_float64_all_are_solved_and_scipy_solves_no_more():
 
 
 def test_in_float32_all_but_one_are_solved():
-    """Meyer's values drown in rounding; optax and jaxopt solve 33 each (README)."""
+    """Meyer's values drown in rounding, whoever minimises them."""
     outcomes = bench_classic.compare("float32", ["dbjax"])["dbjax"]
     missed = [p.name for p, x in zip(PROBLEMS, outcomes, strict=True) if not x.solved]
     assert missed in ([], ["Meyer"])
