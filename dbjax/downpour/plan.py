@@ -176,8 +176,8 @@ def make_plan(trace: Trace) -> Plan:
     """
     if trace.header.get("algorithm") == "sandblaster":
         raise ValueError(
-            "the Trace is of sandblaster.minimize, where values decide what comes next: "
-            "it is for time and accounting; call minimize again with the same arguments"
+            "the Trace is of sandblaster.minimize, where values decide what comes "
+            "next: it is for time and accounting; call minimize again instead"
         )
     shards = int(trace.header["shards"])
     if np.any(trace.incarnation != 0):

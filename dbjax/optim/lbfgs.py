@@ -230,7 +230,7 @@ def lbfgs(
     linesearch: LineSearch | optax.GradientTransformation | None = more_thuente(),  # noqa: B008
     *,
     history_dtype: Any = None,
-    scaling: Scaling = "leaf",
+    scaling: Scaling | None = None,
     aux: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Minimise with L-BFGS and a line search; a drop-in for `optax.lbfgs`.
@@ -250,8 +250,9 @@ def lbfgs(
           `optax.scale_by_zoom_linesearch(20)`; or None for the step `eta`, which needs
           no value.
         history_dtype: see `scale_by_lbfgs`.
-        scaling: see `scale_by_lbfgs`, whose `"whole"` has the directions of optax; the
-          same where the parameters are one leaf.
+        scaling: see `scale_by_lbfgs`. By default `"leaf"` with a search of dbjax's own,
+          else `"whole"`, so that a step by an optax search, or by none, is as optax
+          would take it. There is no difference where the parameters are one leaf.
         aux: what `value_fn` returns beside the value, or anything of its structure,
           shapes and dtypes, if it does; `optax.tree.get(state, "aux")` then gives that
           of the newest parameters.
@@ -281,8 +282,12 @@ def lbfgs(
         >>> print(params, optax.tree.get(state, "value"))
         [1. 2.] 0.0
     """
+    own = isinstance(linesearch, LineSearch)
     direct = scale_by_lbfgs(
-        memory_size, scale_init_precond, history_dtype=history_dtype, scaling=scaling
+        memory_size,
+        scale_init_precond,
+        history_dtype=history_dtype,
+        scaling=scaling or ("leaf" if own else "whole"),
     )
     rate = 1.0 if learning_rate is None else learning_rate
     if linesearch is None:

@@ -1,6 +1,7 @@
 """The rows of a live run's Trace."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 COLUMNS = (
@@ -16,13 +17,13 @@ class Recorder:
 
     Attributes:
       zero: when the run began, on this process's clock.
-      rows: tuples of `COLUMNS`.
+      rows: one value for each of `COLUMNS`.
       digests: `(shard, version, checksum)` of some versions.
     """
 
     def __init__(self, offset: float = 0.0) -> None:
         self.zero = time.perf_counter() - offset
-        self.rows: list[tuple[Any, ...]] = []
+        self.rows: list[Sequence[Any]] = []
         self.digests: list[tuple[int, int, int]] = []
 
     def now(self) -> float:
@@ -33,12 +34,14 @@ class Recorder:
         self, kind: int, replica: int, start: float, shard: int = -1, step: int = -1,
         batch: int = -1, version: int = -1, base: int = -1, count: int = 0,
         status: int = 0, nbytes: int = 0, id_: int = -1,
-    ) -> None:  # fmt: skip
-        """Append a row that ends now."""
-        self.rows.append(
-            (kind, self.now(), start, replica, shard, step, batch, version, base, count,
-             status, nbytes, id_)
-        )  # fmt: skip
+    ) -> list[Any]:  # fmt: skip
+        """Append a row that ends now; give it, for what turns out about it later."""
+        row = [
+            kind, self.now(), start, replica, shard, step, batch, version, base, count,
+            status, nbytes, id_,
+        ]  # fmt: skip
+        self.rows.append(row)
+        return row
 
     def columns(self) -> dict[str, Any]:
         """The rows as Trace columns."""

@@ -71,8 +71,15 @@ class Batches(Protocol):
         """Take in an evaluation of `trial`."""
         ...
 
-    def grow(self, state: Any, size: float) -> Groups:
-        """Say what more to evaluate at `x+`, now accepted, where `g+ g+` is `size`."""
+    def grow(self, state: Any, square: float, size: float) -> Groups:
+        """Say what more to evaluate at `x+`, which was accepted.
+
+        Args:
+          state: the rule's.
+          square: `g+ g+`, if the rule asks for squares.
+          size: what the method says of the gradient there, see `Method.size`; 0 where
+            nothing was found along it.
+        """
         ...
 
     def grown(self, state: Any, evaluated: Evaluated) -> tuple[Any, Seen]:
@@ -110,9 +117,9 @@ def change(new: str = "g+", old: str = "g") -> Command:
 class _Settled:
     """Batches that nothing is added to before the next iteration."""
 
-    def grow(self, state: Any, size: float) -> Groups:
+    def grow(self, state: Any, square: float, size: float) -> Groups:
         """Nothing more."""
-        del state, size
+        del state, square, size
         return ()
 
     def grown(self, state: Any, evaluated: Evaluated) -> tuple[Any, Seen]:
@@ -397,10 +404,10 @@ class ProgressiveBatch:
         )
         return after, Seen(value, value, [change()])
 
-    def grow(self, state: ProgressiveBatchState, size: float) -> Groups:
+    def grow(self, state: ProgressiveBatchState, square: float, size: float) -> Groups:
         """More portions, where what is there is too noisy."""
         p, n = state.count, state.portions
-        spread = max(0.0, mean(state.examples, state.squares) - size) * p / (p - 1)
+        spread = max(0.0, mean(state.examples, state.squares) - square) * p / (p - 1)
         allowed = self.theta**2 * size
         # A gradient of 0 says that this batch has nothing more to say.
         if p == n or size != 0 and not spread * (1 / p - 1 / n) > allowed:

@@ -40,6 +40,8 @@ Requests: TypeAlias = list[Request]
 
 PATIENCE = 20  # iterations without a new best value before the run ends
 
+_SQUARE = ("g+", "g+")
+
 # What the evaluation under way is for.
 _TRYING, _GROWING, _ENDING = range(3)
 
@@ -193,6 +195,8 @@ class Coordinator:
         take_in = self.batches.see if state.stage == _TRYING else self.batches.grown
         own, seen = take_in(state.batches, reply)
         commands, pairs = self.method.look(state.method, self.batches.apart)
+        if self.batches.squares and _SQUARE not in pairs:
+            pairs = [*pairs, _SQUARE]
         state = state._replace(
             batches=own,
             seen=(seen.value, seen.batch),
@@ -221,7 +225,8 @@ class Coordinator:
     ) -> tuple[CoordinatorState, Requests]:
         """Evaluate more at the point accepted, if its batch is too small."""
         size = self.method.size(state.products) if enough else 0.0
-        groups = self.batches.grow(state.batches, size)
+        square = state.products.get(_SQUARE, math.nan)
+        groups = self.batches.grow(state.batches, square, size)
         if not groups:
             return self._arrive(state)
         state = state._replace(stage=_GROWING)

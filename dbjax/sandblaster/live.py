@@ -30,8 +30,10 @@ from dbjax.sandblaster.messages import (
 from dbjax.sandblaster.portions import Message, Order, PortionsInfo
 from dbjax.sandblaster.problem import Problem, scattered
 from dbjax.sandblaster.vectors import Vectors
-from dbjax.trace import COMPUTE, FAIL, FETCH, JOIN, PUSH, RESTART, TAKEN
+from dbjax.trace import COMPUTE, DROPPED, FAIL, FETCH, JOIN, PUSH, RESTART, TAKEN
 from dbjax.typing import Batch, Gradients, Params
+
+_STATUS = COLUMNS.index("status")
 
 MOST_FAILURES = 3
 """So many failures of one portion in one evaluation end the run, whoever failed."""
@@ -227,7 +229,7 @@ class _Hand:
         self._life = self._batches = self._first_id = 0
         self._failed = -1  # the last life that ended with an error
         self._fetched: Published | None = None
-        self._finished: tuple[int, Gradients] | None = None
+        self._finished: tuple[int, Gradients, list[Any]] | None = None
         self._accrued: Gradients | None = None
         self._prefetched: tuple[int, Batch] | None = None
 
@@ -258,7 +260,8 @@ class _Hand:
             yield self._compute(order)
         elif isinstance(order, Keep):
             assert self._finished is not None
-            i, gradients = self._finished
+            i, gradients, row = self._finished
+            row[_STATUS] = TAKEN
             problem = self._crew.problem
             examples = float(problem.examples[i])
             self._accrued = problem.keep(self._accrued, gradients, examples)
@@ -282,11 +285,11 @@ class _Hand:
         if order.upcoming >= 0:  # while that is computed
             self._prefetch(seen.portions[order.upcoming])
         value, square, gradients = jax.block_until_ready(result)
-        self._finished = i, gradients
-        recorder.add(
+        row = recorder.add(
             COMPUTE, self._replica, start, step=seen.first + order.portion,
-            batch=self._batches, count=order.copy, status=TAKEN,
+            batch=self._batches, count=order.copy, status=DROPPED,  # unless it is kept
         )  # fmt: skip
+        self._finished = i, gradients, row
         self._batches += 1
         return Finished(
             self._replica, order.life, order.task, float(value), float(square)

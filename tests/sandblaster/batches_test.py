@@ -30,7 +30,7 @@ def test_the_full_batch_is_all_portions_every_time():
         assert rule.trial(state) == (("g+", (0, 1, 2, 3, 4)),)
         state, seen = rule.see(state, Evaluated((3, 1, 1, 1, 2), (1.0, 5.0, 0, 0, 4.0)))
         assert seen.value == seen.batch == (3 + 5 + 8) / 8
-        assert rule.grow(state, 0.0) == () and rule.whole(state)
+        assert rule.grow(state, 0.0, 0.0) == () and rule.whole(state)
         state, value, _ = rule.take(state)
         assert value == 2.0
 
@@ -143,8 +143,9 @@ def test_the_batch_grows_where_its_gradient_is_mostly_noise(theta, noise_level):
     driven = Driven(portions, LBFGS, rule, iterations=60, tolerance=1e-8)
     asked, grow = [], dbjax.ProgressiveBatch.grow
 
-    def recording(state, size):
-        groups = grow(rule, state, size)
+    def recording(state, square, size):
+        assert square == size or not size, "nothing stands beside the loss here"
+        groups = grow(rule, state, square, size)
         asked.append((state, size, groups))
         return groups
 
