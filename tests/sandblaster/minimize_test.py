@@ -748,6 +748,8 @@ def test_counts_and_trace_tell_the_same_story(runtime, tmp_path):
     pushed = trace.count[(trace.kind == dbjax.trace.PUSH) & (trace.shard == 0)]
     assert pushed.sum() == portions * run.evaluations
     assert len(pushed) == info.portions.pushes
+    kept = (trace.kind == dbjax.trace.COMPUTE) & (trace.status == dbjax.trace.TAKEN)
+    assert kept.sum() == portions * run.evaluations
     assert info.method == {"skipped": 0, "damped": 0, "restarts": 0}
     assert info.resumed_at == 0
     norm = np.linalg.norm(
