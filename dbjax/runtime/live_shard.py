@@ -61,7 +61,7 @@ class LiveShard:
         self,
         message: Push,
         takes: Callable[[int], bool],
-        record: Callable[[int, int], None],
+        record: Callable[[int, int], object],
     ) -> int:
         """Handle a push if `takes(staleness)`; `record` comes before it shows."""
         with self.lock:

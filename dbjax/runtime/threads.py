@@ -279,7 +279,7 @@ class Crew:
         def takes(staleness: int) -> bool:
             return protocol.free_running or protocol.takes(clocks, replica, staleness)
 
-        def recording(shard: LiveShard, message: Push) -> Callable[[int, int], None]:
+        def recording(shard: LiveShard, message: Push) -> Callable[[int, int], object]:
             place = PUSH, replica, start, shard.index, step, -1
             return lambda version, status: self.recorder.add(
                 *place, version, message.base, count, status, shard.nbytes, message.id

@@ -310,8 +310,9 @@ class Coordinator:
             return Status.INCONSISTENT
         if status == words.NOT_FINITE:
             return Status.NOT_FINITE
-        lost = 100 * self.value_rtol * abs(state.value)
-        return Status.SMALL_STEP if -state.slope <= lost else Status.SEARCH_FAILED
+        hidden = -state.slope <= self.value_rtol * abs(state.value)
+        lost = status == words.LOST or hidden
+        return Status.SMALL_STEP if lost else Status.SEARCH_FAILED
 
     def _end(
         self, state: CoordinatorState, outcome: Status, before: Sequence[Request]

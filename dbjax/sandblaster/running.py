@@ -111,7 +111,7 @@ class Running:
             portions,
             iterations=a.iterations,
             tolerance=a.tolerance,
-            value_rtol=10 * max(float(jnp.finfo(d).eps) for d in layout.dtypes),
+            value_rtol=max(float(jnp.finfo(d).eps) for d in layout.dtypes) ** 0.75,
         )
         for name, vector in a.method.constants(params).items():
             self.vectors.put(name, vector)
