@@ -112,7 +112,7 @@ def leaves(value):
 @pytest.mark.parametrize("batches", BATCHES)
 @pytest.mark.parametrize("method", METHODS)
 def test_its_state_holds_scalars_only(method, batches):
-    """Far fewer than a vector of 5,000 has coefficients."""
+    """Fewer than a vector of 600 has coefficients."""
 
     def look(state):
         held = leaves(state)
@@ -121,7 +121,7 @@ def test_its_state_holds_scalars_only(method, batches):
         return state
 
     of = dbjax.OWLQN(0.5, memory_size=3) if method == "owlqn" else METHODS[method]
-    portions = Portions(size=5000)
+    portions = Portions(size=600)
     Driven(portions, of, BATCHES[batches], between=look, iterations=4).run()
 
 
