@@ -132,11 +132,11 @@ def set_row(
     """Put `v` into row `index` if the condition holds; in place where it is donated.
 
     With `make`, `v` is a tuple of trees, and the row is what `make` gives of their
-    leaves, made as it is written.
+    leaves and those of `rows`, made as it is written.
     """
 
     def put(rows: Params) -> Params:
-        new = v if make is None else jax.tree.map(make, *v)
+        new = v if make is None else jax.tree.map(make, *v, rows)
         return jax.tree.map(
             lambda rows, v: jax.lax.dynamic_update_index_in_dim(
                 rows, v.astype(rows.dtype), index, 0
