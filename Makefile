@@ -39,8 +39,10 @@ test: venv
 docs: venv
 	$(BIN)/python -m pytest dbjax tests/readme_test.py
 
-bench: venv
+bench:
+	$(MAKE) venv EXTRAS=$(EXTRAS),bench
 	$(BIN)/python -m experiments.bench_downpour
+	$(BIN)/python -m experiments.bench_lbfgs
 
 lint: venv
 	$(BIN)/ruff check

@@ -141,7 +141,7 @@ def _direction(name: str, options: Options) -> list[Row]:
         "dbjax, by leaf": dbjax.scale_by_lbfgs(DEFAULT, scaling="leaf"),
         "optax": optax.scale_by_lbfgs(DEFAULT),
     }
-    reads = jnp.ones((DEFAULT, size // DEFAULT)), jnp.ones(size // DEFAULT)
+    reads = jnp.ones((DEFAULT, size)), jnp.ones(size)
     product = jax.jit(trees.rows_vdot)
 
     def read(rows: int) -> None:
@@ -153,7 +153,7 @@ def _direction(name: str, options: Options) -> list[Row]:
     # The history twice, for products and for the combination; parameters and gradient,
     # new and old; a pair, the new ones and the direction written.
     vectors = 4 * DEFAULT + 4 + 5
-    needed = [vectors * t * size / reads[0].size for t in times.wall["read"]]
+    needed = [vectors * t / (DEFAULT + 1) for t in times.wall["read"]]
     share = [n / t for n, t in zip(needed, times.wall["dbjax"], strict=True)]
     rows = []
     for rule in rules:

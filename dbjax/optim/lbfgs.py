@@ -163,46 +163,17 @@ def scale_by_lbfgs(
     def update(
         updates: Gradients, state: ScaleByLBFGSState, params: Params
     ) -> tuple[Gradients, ScaleByLBFGSState]:
-        def difference(new: jax.Array, old: jax.Array, row: jax.Array) -> jax.Array:
-            wide = jnp.promote_types(new.dtype, jnp.float32)
-            return (new.astype(wide) - old.astype(wide)).astype(row.dtype)
-
-        def minus(new: Params, old: Params, rows: Params) -> Params:
-            return jax.tree.map(difference, new, old, rows)
-
-        # Every product makes its differences in a way of its own, exact up to the sign:
-        # what two of them shared XLA would keep in memory, which costs more than all.
-        p, p_before, g, g_before = params, state.params, updates, state.updates
-        s_rows, y_rows = state.s_history, state.y_history
-        less_p, less_g = (jax.tree.map(jnp.negative, tree) for tree in (p, g))
-        less_p_before = jax.tree.map(jnp.negative, p_before)
-        less_g_before = jax.tree.map(jnp.negative, g_before)
-        y_once = minus(g_before, g, y_rows)
-        y_again = minus(less_g, less_g_before, y_rows)
-        s_again = minus(less_p, less_p_before, s_rows)
-        kept = (lambda x: x) if by_leaf else (lambda x: jnp.sum(x, 0))
-        products, pair = vector_free.absorb(
-            state.products,
-            vector_free.Round(
-                rows_sg=trees.rows_vdot(s_rows, g),
-                rows_yg=kept(trees.leaf_rows_vdots(y_rows, g)),
-                sy=trees.vdot(minus(p, p_before, s_rows), minus(g, g_before, y_rows)),
-                yy=kept(trees.leaf_vdots(y_once, y_once)),
-                sg=-trees.vdot(minus(p_before, p, s_rows), g),
-                yg=kept(trees.leaf_vdots(y_again, less_g)),
-                gg=kept(trees.leaf_vdots(g, g)),
-                ss=trees.leaf_vdots(s_again, s_again) if by_leaf else None,
-            ),
-        )
+        new = _round(state, params, updates, by_leaf)
+        products, pair = vector_free.absorb(state.products, new)
         # Made again as they are written: what two readers share, XLA keeps in memory.
         s_history = trees.set_row(
             *(state.s_history, pair.row, (params, state.params), pair.accepted),
-            make=difference,
+            make=_difference,
         )
         y_history = trees.set_row(
             *(state.y_history, pair.row, (updates, state.updates), pair.accepted),
             make=lambda g, g_before, row: _damped(
-                difference(g, g_before, row), g_before, pair.theta, pair.tau
+                _difference(g, g_before, row), g_before, pair.theta, pair.tau
             ),
         )
         found, products = vector_free.coefficients(products, scale_init_precond)
@@ -388,6 +359,42 @@ def _check(memory_size: int, scaling: str) -> None:
         raise TypeError(f"memory_size={memory_size!r}: allowed are integers from 1")
     if memory_size < 1:
         raise ValueError(f"memory_size={memory_size}: allowed are integers from 1")
+
+
+def _round(
+    state: ScaleByLBFGSState, p: Params, g: Gradients, by_leaf: bool
+) -> vector_free.Round:
+    """The inner products of the newest pair, and of the history with the gradient."""
+    p_before, g_before = state.params, state.updates
+    s_rows, y_rows = state.s_history, state.y_history
+
+    def minus(new: Params, old: Params, rows: Params) -> Params:
+        return jax.tree.map(_difference, new, old, rows)
+
+    # Every product makes its differences in a way of its own, exact up to the sign:
+    # what two of them shared XLA would keep in memory, which costs more than all.
+    less_p, less_p_before, less_g, less_g_before = (
+        jax.tree.map(jnp.negative, tree) for tree in (p, p_before, g, g_before)
+    )
+    y_once = minus(g_before, g, y_rows)
+    y_again = minus(less_g, less_g_before, y_rows)
+    s_again = minus(less_p, less_p_before, s_rows)
+    kept = (lambda x: x) if by_leaf else (lambda x: jnp.sum(x, 0))
+    return vector_free.Round(
+        rows_sg=trees.rows_vdot(s_rows, g),
+        rows_yg=kept(trees.leaf_rows_vdots(y_rows, g)),
+        sy=trees.vdot(minus(p, p_before, s_rows), minus(g, g_before, y_rows)),
+        yy=kept(trees.leaf_vdots(y_once, y_once)),
+        sg=-trees.vdot(minus(p_before, p, s_rows), g),
+        yg=kept(trees.leaf_vdots(y_again, less_g)),
+        gg=kept(trees.leaf_vdots(g, g)),
+        ss=trees.leaf_vdots(s_again, s_again) if by_leaf else None,
+    )
+
+
+def _difference(new: jax.Array, old: jax.Array, row: jax.Array) -> jax.Array:
+    wide = jnp.promote_types(new.dtype, jnp.float32)
+    return (new.astype(wide) - old.astype(wide)).astype(row.dtype)
 
 
 def _damped(
