@@ -4,11 +4,11 @@
     --workdir=runs/breast_cancer_sandblaster
 
 Expected: all but `owlqn` find the same minimum, 0.06334: L-BFGS in 40 evaluations and
-2.4 emulated seconds, conjugate gradients in 102 and 6.2 s, gradient descent not quite
+2.5 emulated seconds, conjugate gradients in 94 and 5.8 s, gradient descent not quite
 within its 100 iterations. `owlqn` adds an L1 norm, which makes 18 of 30 weights zero,
 and has a minimum of its own, 0.1693. The test accuracy is 97 to 98 %. Replica 5 is
 slow, and portions with backups take an iteration a third of what equal parts do. All is
-computed in a quarter of a minute.
+computed in half a minute.
 
 Variations, for other workdirs: --config.methods=sandblaster_box, weights from -0.5 to
 0.5 (0.08080); --config.sandblaster.strategy=static; --config.runtime=threads.
