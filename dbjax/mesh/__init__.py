@@ -1,0 +1,7 @@
+"""Device meshes, and where parameters lie on them."""
+
+from dbjax.mesh.rules import Rules as Rules
+from dbjax.mesh.rules import batch_sharding as batch_sharding
+from dbjax.mesh.rules import make_mesh as make_mesh
+from dbjax.mesh.rules import shard_params as shard_params
+from dbjax.mesh.rules import shardings as shardings
