@@ -1,5 +1,8 @@
 """Device meshes, and where parameters lie on them."""
 
+from dbjax.mesh.costs import partition_costs as partition_costs
+from dbjax.mesh.memory import check_memory as check_memory
+from dbjax.mesh.memory import estimate_memory as estimate_memory
 from dbjax.mesh.rules import Rules as Rules
 from dbjax.mesh.rules import batch_sharding as batch_sharding
 from dbjax.mesh.rules import make_mesh as make_mesh
