@@ -1,3 +1,7 @@
 """What is trained: dense and locally connected networks; adapters for flax modules."""
 
 from dbjax.models.base import Model as Model
+from dbjax.models.dense import dense as dense
+from dbjax.models.dense import exchanged_bytes as exchanged_bytes
+from dbjax.models.dense import logistic_regression as logistic_regression
+from dbjax.models.dense import speech as speech

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from dbjax.mesh import Rules
 from dbjax.typing import Array, Batch, Params
@@ -106,6 +107,19 @@ class Model:
         losses = self.losses(outputs, jnp.asarray(labels))
         # A product, so that the gradient is not finite either, and is caught.
         return jnp.mean(losses * jnp.where(known, 1.0, jnp.nan))
+
+
+def cut_over_model(x: jax.Array) -> jax.Array:
+    """Have the last axis cut over the mesh axis "model", where a mesh is set.
+
+    Parameters say where they lie, and mostly all else follows. Where an input that is
+    whole meets a kernel that is cut, its gradient would be made whole on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if "model" not in mesh.axis_names or "model" in mesh.manual_axes:
+        return x
+    others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*others, "model"))
 
 
 @functools.lru_cache(maxsize=64)
