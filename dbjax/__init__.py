@@ -1,6 +1,7 @@
 """dbjax: DistBelief (Dean et al., 2012) for JAX, with runs you can replay."""
 
 from dbjax import downpour as downpour
+from dbjax import models as models
 from dbjax import sandblaster as sandblaster
 from dbjax.cluster import Cluster as Cluster
 from dbjax.cluster import Constant as Constant
@@ -21,6 +22,8 @@ from dbjax.downpour.simulate import simulate as simulate
 from dbjax.downpour.sweep import sweep as sweep
 from dbjax.mesh import make_mesh as make_mesh
 from dbjax.mesh import shard_params as shard_params
+from dbjax.models import from_linen as from_linen
+from dbjax.models import from_nnx as from_nnx
 from dbjax.optim import adagrad as adagrad
 from dbjax.optim import delay_gradients as delay_gradients
 from dbjax.optim import lbfgs as lbfgs
@@ -67,8 +70,11 @@ __all__ = [
     "downpour",
     "from_arrays",
     "from_iterators",
+    "from_linen",
+    "from_nnx",
     "lbfgs",
     "make_mesh",
+    "models",
     "replay",
     "sandblaster",
     "scale_by_lbfgs",

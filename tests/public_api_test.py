@@ -21,6 +21,10 @@ PUBLIC = {
     "simulate",
     "sweep",
     "Trace",
+    # what is trained
+    "models",
+    "from_linen",
+    "from_nnx",
     # who runs, in which order
     "asynchronous",
     "synchronous",
@@ -72,9 +76,9 @@ def test_nothing_else_is_in_sight():
         assert module.__name__ == f"dbjax.{name}"
 
 
-def test_only_the_two_algorithms_are_rooms_with_a_public_door():
+def test_only_the_two_algorithms_and_the_models_are_rooms_with_a_public_door():
     rooms = {name for name in PUBLIC if inspect.ismodule(getattr(dbjax, name))}
-    assert rooms == {"downpour", "sandblaster"}
+    assert rooms == {"downpour", "sandblaster", "models"}
     assert callable(dbjax.downpour.train) and callable(dbjax.sandblaster.minimize)
 
 

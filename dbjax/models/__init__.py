@@ -1,5 +1,7 @@
 """What is trained: dense and locally connected networks; adapters for flax modules."""
 
+from dbjax.models.adapters import from_linen as from_linen
+from dbjax.models.adapters import from_nnx as from_nnx
 from dbjax.models.base import Model as Model
 from dbjax.models.dense import dense as dense
 from dbjax.models.dense import exchanged_bytes as exchanged_bytes
