@@ -11,11 +11,10 @@ part forward and backward, and sends what others need of it:
 The network's input is at hand everywhere and has no gradient. A multiplication and an
 addition are two operations. Pooling, normalisation, biases and losses are left out.
 
-Letters: `B` examples in a mini-batch, `N` machines, `p` the side of a patch, `g` the side
-of a grid, `h x w` the largest rectangle.
+Letters: `B` examples in a mini-batch, `N` machines, `g` the side of a grid, `p` that of
+a patch.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
@@ -44,7 +43,7 @@ class Full(NamedTuple):
         return self.inputs * math.ceil(self.units / machines)
 
     def border(self, machines: int) -> tuple[float, int]:
-        """Numbers for each example, and messages, that a machine sends: an all-gather."""
+        """Give the numbers for each example, and the messages, of any machine."""
         return self.inputs * (machines - 1) / machines, machines - 1
 
 
@@ -72,10 +71,10 @@ class Local(NamedTuple):
     def _at_a_position(self) -> int:
         return self.maps * self.patch**2 * self.channels
 
-    def _tiles(self, machines: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    def _tiles(self, machines: int) -> list[tuple[int, int]]:
         """Give for both axes the number of tiles and the longest one's length."""
         rows = max(n for n in range(1, math.isqrt(machines) + 1) if machines % n == 0)
-        return tuple((n, math.ceil(self.grid / n)) for n in (rows, machines // rows))
+        return [(n, math.ceil(self.grid / n)) for n in (rows, machines // rows)]
 
     def part(self, machines: int) -> int:
         """How many of the weights the machine with most of them holds."""
@@ -83,7 +82,7 @@ class Local(NamedTuple):
         return height * width * self._at_a_position
 
     def border(self, machines: int) -> tuple[float, int]:
-        """Numbers for each example, and messages, that an inner machine sends."""
+        """Give the numbers for each example, and the messages, of an inner machine."""
         area, seen, reached = 1, 1, 1
         for tiles, length in self._tiles(machines):
             inner = self.patch - 1 if tiles > 1 else 0
@@ -127,6 +126,4 @@ def phases(
 
 def network(layers: Sequence[Layer], batch: int, itemsize: int = 4) -> Network:
     """Give a network's work for any number of machines; see `phases`."""
-    return functools.partial(
-        lambda machines: phases(layers, machines, batch, itemsize)
-    )
+    return lambda machines: phases(layers, machines, batch, itemsize)

@@ -59,8 +59,8 @@ class Machine:
       flops: operations per second of one core, `f`.
       bandwidth: bytes per second that the machine sends, `d`.
       latency: seconds for each message, `l`.
-      pace: how long a piece of work takes, as a multiple of usual; its mean should be 1.
-        It is drawn anew for every machine and phase.
+      pace: how long a piece of work takes, as a multiple of usual, with mean 1; drawn
+        anew for every machine and phase.
       cores: `c`.
       grain: operations, `g`; a core that has only so many spends half of its time on
         starting and ending.
