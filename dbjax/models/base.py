@@ -69,17 +69,20 @@ class Model:
           `[B, C]`, before softmax or logistic function.
 
         Raises:
-          ValueError: the inputs are of another shape.
+          ValueError: the inputs are of another shape, or the parameters of another
+            structure.
         """
         if tuple(inputs.shape[1:]) != self.input_shape:
             raise ValueError(
                 f"{self.name}: inputs must have shape [B, "
                 f"{', '.join(map(str, self.input_shape))}], got {inputs.shape}"
             )
-        graphdef, state = nnx.split(_abstract(self.make))
-        state = jax.tree.map(lambda leaf: leaf, state)  # fresh containers
-        nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graphdef, state)(inputs)
+        if jax.tree.structure(params) != jax.tree.structure(self.shapes):
+            raise ValueError(
+                f"{self.name}: params must have the structure that init gives, "
+                f"{jax.tree.structure(self.shapes)}; got {jax.tree.structure(params)}"
+            )
+        return nnx.merge(_graphdef(self.make), params)(inputs)
 
     def loss(self, params: Params, batch: Batch) -> jax.Array:
         """Give the mean loss over a batch.
@@ -123,9 +126,9 @@ def cut_over_model(x: jax.Array) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=64)
-def _abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
-    """The module without arrays: its graph, and places for parameters."""
-    return nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+def _graphdef(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.GraphDef:
+    """The module without its arrays, for `nnx.merge` with those of some parameters."""
+    return nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
 
 
 def _inputs_and_labels(name: str, batch: Batch) -> tuple[Any, Any]:
@@ -142,4 +145,9 @@ def _inputs_and_labels(name: str, batch: Batch) -> tuple[Any, Any]:
         )
     if not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"{name}: labels must be integers, got {labels.dtype}")
+    if labels.shape != inputs.shape[:1]:
+        raise ValueError(
+            f"{name}: labels must have shape [B] for inputs [B, ...], got labels "
+            f"{labels.shape} for inputs {inputs.shape}"
+        )
     return inputs, labels

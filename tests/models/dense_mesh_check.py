@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from numpy.testing import assert_allclose as close
 
 import dbjax
 from dbjax import models
@@ -60,32 +61,31 @@ def check_bytes(program, sizes, batch_size, partitions):
 def check_model(sizes, model):
     """Neither loss nor gradient depends on the partitions."""
     rng = np.random.default_rng(0)
-    # Not zero, where a lost share of a sum could hide.
+    # Not the first ones: among zeros a lost share of a sum could hide.
     params = jax.tree.map(
-        lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32),
-        model.init(jax.random.key(1)),
+        lambda leaf: rng.standard_normal(leaf.shape, np.float32), model.shapes
     )
     batch = {
         "x": rng.standard_normal((B, *model.input_shape)).astype(np.float32),
         "label": rng.integers(0, model.classes, B).astype(np.int32),
     }
-    value, gradient = jax.jit(jax.value_and_grad(model.loss))(params, batch)
-    gradient = by_path(gradient)
     for partitions in (1, 2, 4, 8):
         step = compiled(model, B, partitions)
         check_bytes(step, sizes, B, partitions)
         mesh = dbjax.make_mesh(model=partitions)
         placed = dbjax.shard_params(params, mesh, model.rules)
         whole = jax.device_put(batch, NamedSharding(mesh, PartitionSpec()))
-        v, g = jax.block_until_ready(step(placed, whole))
+        value, gradient = jax.block_until_ready(step(placed, whole))
+        there, got = by_path(placed), by_path(gradient)
+        if partitions == 1:
+            expected, unpartitioned = value, got
         where = f"{sizes}, {partitions} partitions"
-        np.testing.assert_allclose(v, value, 1e-6, err_msg=where)
-        placed = by_path(placed)
-        for path, leaf in by_path(g).items():
-            np.testing.assert_allclose(leaf, gradient[path], 1e-4, 1e-6, err_msg=where)
+        close(value, expected, 1e-6, err_msg=where)
+        for path, leaf in got.items():
+            close(leaf, unpartitioned[path], 1e-4, 1e-6, err_msg=where)
             # Each part of a gradient lies where the parameters are that it is for.
-            there = placed[path].sharding
-            assert leaf.sharding.is_equivalent_to(there, leaf.ndim), (where, path)
+            same = leaf.sharding.is_equivalent_to(there[path].sharding, leaf.ndim)
+            assert same, (where, path)
 
 
 def check_first_parameters():
@@ -97,7 +97,7 @@ def check_first_parameters():
     params = jax.block_until_ready(init(jax.random.key(3)))
     whole = by_path(jax.jit(model.init)(jax.random.key(3)))
     for path, leaf in by_path(params).items():
-        np.testing.assert_allclose(leaf, whole[path], 1e-5, 1e-7, err_msg=path)
+        close(leaf, whole[path], 1e-5, 1e-7, err_msg=path)
     memory = init.memory_analysis()
     held = memory.output_size_in_bytes + memory.temp_size_in_bytes
     assert held < 4 * model.num_parameters / 2, held
