@@ -139,7 +139,7 @@ class Costs:
         ):
             lines.append(f"{what:<29}{readable(size):>12}")
         if self.flops is not None:
-            lines.append(f"{'operations (as XLA says)':<29}{self.flops:>12.4g}")
+            lines.append(f"{'operations (loops once)':<29}{self.flops:>12.4g}")
         return "\n".join(lines)
 
 
@@ -167,7 +167,7 @@ def partition_costs(fn: Any, *args: Any, **kwargs: Any) -> Costs:
     arguments                           256 B
     outputs                             256 B
     temporaries                           0 B
-    operations (as XLA says)             1024
+    operations (loops once)              1024
     """
     if isinstance(fn, jax.stages.Lowered | jax.stages.Compiled):
         if args or kwargs:
@@ -206,7 +206,17 @@ def collectives_of(text: str) -> tuple[Collective, ...]:
       ValueError: there is no entry, or groups are written in an unknown way.
     """
     entry, computations = _computations(text)
-    return tuple(_walk(entry, computations, _devices(text), 1, ""))
+    devices = _devices(text)
+    found = list(_walk(entry, computations, devices, 1, ""))
+    reached = {one.name for one in found}
+    for instructions in computations.values():
+        for one in instructions:
+            kind = one.op.removesuffix("-start")
+            if kind in _SENT and one.name not in reached:
+                found.append(
+                    _collective(one, kind, devices, 1, "called in no known way")
+                )
+    return tuple(found)
 
 
 def _total(collectives: Iterable[Collective]) -> Total:
@@ -294,9 +304,10 @@ def _walk(
 
 def _calls(one: _Instruction) -> Iterator[tuple[str, str]]:
     yield from _CALLED.findall(one.rest)
-    if branches := re.search(r"branch_computations=\{([^}]*)\}", one.rest):
-        for name in branches[1].split(","):
-            yield "branch", name.strip().removeprefix("%")
+    several = r"(branch_computations|called_computations)=\{([^}]*)\}"
+    for role, names in re.findall(several, one.rest):
+        for name in names.split(","):
+            yield role, name.strip().removeprefix("%")
 
 
 def _collective(

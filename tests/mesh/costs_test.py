@@ -88,8 +88,10 @@ KNOWN = 'backend_config={"known_trip_count":{"n":"7"}}'
         (f"%w = {WHILE}, {KNOWN}", 7, ""),
         (f"%w = {WHILE}", 1, "unknown length"),
         ("%w = f32[8] call(%x), to_apply=%body", 1, ""),
+        ("%w = f32[8] custom-call(%x), called_computations={%cond, %body}", 1, ""),
+        ("%w = f32[8] novelty(%x), runs=%body", 1, "no known way"),
         ("%w = f32[8] conditional(%x), branch_computations={%body, %cond}", 1, "branch"),
-        ("%w = f32[8] fusion(%x), calls=%cond, metadata={op_name=\" all-reduce(\"}", 0, ""),
+        ("%w = f32[8] fusion(%x), calls=%cond, metadata={op_name=\" all-reduce(\"}", 1, "no known way"),
     ],
 )  # fmt: skip
 def test_loops_multiply_and_what_is_not_known_is_said(entry, times, why):
