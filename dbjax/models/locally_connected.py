@@ -14,6 +14,7 @@ and never copied.
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -137,7 +138,8 @@ def locally_connected(
     patch = kernel.shape[3] * stride
     if isinstance(padding, str):
         padding = named_padding(padding, patch, stride)
-    geometry = Geometry(inputs.shape[:2], patch, stride, padding)
+    height, width = inputs.shape[:2]
+    geometry = Geometry((height, width), patch, stride, padding)
     expected = geometry.kernel_shape(inputs.shape[3], kernel.shape[4])
     if kernel.shape != expected:
         raise ValueError(
@@ -145,9 +147,8 @@ def locally_connected(
             f"{stride} and padding {padding} the kernel must have shape {expected}, "
             f"got {kernel.shape}"
         )
-    if bias is None:
-        bias = jnp.zeros((), kernel.dtype)
-    elif bias.shape != (*expected[:2], expected[4]):
+    bias = jnp.zeros((), kernel.dtype) if bias is None else jnp.asarray(bias)
+    if bias.ndim and bias.shape != (*expected[:2], expected[4]):
         raise ValueError(
             f"locally_connected: bias must have shape "
             f"{(*expected[:2], expected[4])}, got {bias.shape}"
@@ -261,63 +262,49 @@ def arrange(weights: Array, *, stride: int, left: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _connect(x: jax.Array, kernel: jax.Array, s: int, first: int) -> jax.Array:
-    steps, _, window = _row_blocks(x, kernel, s)
-
-    def body(_: None, block: tuple[Any, jax.Array]) -> tuple[None, jax.Array]:
-        i, weights = block
-        return None, _forward(window(x, i), weights, s, first)
-
-    y = jax.lax.scan(body, None, steps(kernel))[1]
-    return y.reshape(kernel.shape[0], *y.shape[2:])
+    """Take the rows that are seen, in whole groups of columns, to `[rows, Q, B, D]`."""
+    rows, cols, depth, steps, maps = kernel.shape
+    slabs = _slabs(x, rows, steps * s, s)
+    groups = slabs.shape[1]
+    flat = kernel.reshape(rows, cols, depth, steps * maps)
+    z = _join(
+        jnp.einsum("ruib,ruio->rubo", slabs[:, u], flat[:, at])
+        for u, at in _wraps(groups, cols)
+    ).reshape(rows, groups, -1, steps, maps)
+    after = max(0, cols + steps - 1 - first - groups)
+    z = jnp.pad(z, ((0, 0), (first, after), (0, 0), (0, 0), (0, 0)))
+    return functools.reduce(jnp.add, (z[:, j : j + cols, :, j] for j in range(steps)))
 
 
 def _connect_forward(x: jax.Array, kernel: jax.Array, s: int, first: int) -> Any:
     return _connect(x, kernel, s, first), (x, kernel)
 
 
-def _connect_backward(s: int, first: int, saved: Any, dy: jax.Array) -> Any:
+def _connect_backward(
+    s: int, first: int, saved: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
-    steps, start, window = _row_blocks(x, kernel, s)
-
-    def body(dx: jax.Array, block: Any) -> tuple[jax.Array, jax.Array]:
-        (i, weights), (_, gradients) = block
-        d, dweights = _backward(window(x, i), weights, gradients, s, first)
-        d = d + window(dx, i)
-        return jax.lax.dynamic_update_slice_in_dim(dx, d, start(i), 0), dweights
-
-    blocks = (steps(kernel), steps(dy))
-    dx, dkernel = jax.lax.scan(body, jnp.zeros_like(x), blocks)
-    return dx, dkernel.reshape(kernel.shape)
+    rows, cols, depth, steps, maps = kernel.shape
+    slabs = _slabs(x, rows, steps * s, s)
+    groups, _, batch = slabs.shape[1:]
+    flat = kernel.reshape(rows, cols, depth, steps * maps)
+    after = max(0, groups + first - cols)
+    dy = jnp.pad(dy, ((0, 0), (steps - 1 - first, after), (0, 0), (0, 0)))
+    seeing = [dy[:, j : j + groups] for j in reversed(range(steps))]
+    dz = jnp.stack(seeing, axis=3).reshape(rows, groups, batch, steps * maps)
+    wraps = _wraps(groups, cols)
+    dslabs = _join(
+        jnp.einsum("rubo,ruio->ruib", dz[:, u], flat[:, at]) for u, at in wraps
+    )
+    dkernel, *more = (_outer(slabs[:, u], dz[:, u]) for u, _ in wraps)
+    if cols > groups:  # the last weights see padding only
+        dkernel = jnp.pad(dkernel, ((0, 0), (0, cols - groups), (0, 0), (0, 0)))
+    for part in more:
+        dkernel = dkernel.at[:, : part.shape[1]].add(part)
+    return _slabs_backward(dslabs, x, steps * s, s), dkernel.reshape(kernel.shape)
 
 
 _connect.defvjp(_connect_forward, _connect_backward)
-
-
-def _row_blocks(x: jax.Array, kernel: jax.Array, s: int) -> Any:
-    """How to go through the rows: all at once, or one after the other.
-
-    A row taken out of the weights is a copy of it, so all at once is faster. Then
-    however all intermediate values exist at once, which is too much where they are
-    not small beside the weights: with many examples, few channels or few maps.
-    """
-    rows, cols, depth, steps, maps = kernel.shape
-    values = x.shape[2] * (depth + steps * maps)
-    count = 1 if 2 * values <= depth * steps * maps else rows
-    size = rows // count
-    patch = steps * s
-
-    def blocks(array: jax.Array) -> tuple[jax.Array, jax.Array]:
-        split = array.reshape(count, size, *array.shape[1:])
-        return jnp.arange(count), split
-
-    def start(i: jax.Array) -> jax.Array:
-        return i * (size * s)
-
-    def window(array: jax.Array, i: jax.Array) -> jax.Array:
-        height = (size - 1) * s + patch
-        return jax.lax.dynamic_slice_in_dim(array, start(i), height)
-
-    return blocks, start, window
 
 
 def _slabs(x: jax.Array, rows: int, k: int, s: int) -> jax.Array:
@@ -332,19 +319,19 @@ def _slabs(x: jax.Array, rows: int, k: int, s: int) -> jax.Array:
     return jnp.stack(seen, axis=2).reshape(rows, width // s, depth, batch)
 
 
-def _slabs_transposed(dslabs: jax.Array, x: jax.Array, k: int, s: int) -> jax.Array:
-    """The gradient of `x`, of that of the slabs `[rows, groups, s * k * C, B]`."""
+def _slabs_backward(dslabs: jax.Array, x: jax.Array, k: int, s: int) -> jax.Array:
+    """The gradient of `x`, given that of the slabs."""
     height, width, batch, channels = x.shape
     rows, groups = dslabs.shape[:2]
     dslabs = dslabs.reshape(rows, groups, s, k, channels, batch)
-    dx = jnp.zeros((), x.dtype)
-    for i in range(k):
+    zero = jnp.zeros((), dslabs.dtype)
+
+    def spread(i: int) -> jax.Array:
         part = dslabs[:, :, :, i].reshape(rows, width, channels, batch)
-        zeros = jax.lax.full((), 0, x.dtype)
         below = height - i - (rows - 1) * s - 1
-        around = [(i, below, s - 1), (0, 0, 0), (0, 0, 0), (0, 0, 0)]
-        dx = dx + jax.lax.pad(part, zeros, around)
-    return dx.transpose(0, 1, 3, 2)
+        return jax.lax.pad(part, zero, [(i, below, s - 1)] + [(0, 0, 0)] * 3)
+
+    return functools.reduce(jnp.add, map(spread, range(k))).transpose(0, 1, 3, 2)
 
 
 def _wraps(groups: int, cols: int) -> list[tuple[slice, slice]]:
@@ -355,47 +342,9 @@ def _wraps(groups: int, cols: int) -> list[tuple[slice, slice]]:
     ]
 
 
-def _forward(x: jax.Array, kernel: jax.Array, s: int, first: int) -> jax.Array:
-    rows, cols, depth, steps, maps = kernel.shape
-    slabs = _slabs(x, rows, steps * s, s)
-    groups = slabs.shape[1]
-    flat = kernel.reshape(rows, cols, depth, steps * maps)
-    seen = [
-        jnp.einsum("ruib,ruio->rubo", slabs[:, u], flat[:, at])
-        for u, at in _wraps(groups, cols)
-    ]
-    z = jnp.concatenate(seen, axis=1) if len(seen) > 1 else seen[0]
-    z = z.reshape(rows, groups, -1, steps, maps)
-    after = max(0, cols + steps - 1 - first - groups)
-    z = jnp.pad(z, ((0, 0), (first, after), (0, 0), (0, 0), (0, 0)))
-    return functools.reduce(jnp.add, (z[:, j : j + cols, :, j] for j in range(steps)))
-
-
-def _backward(
-    x: jax.Array, kernel: jax.Array, dy: jax.Array, s: int, first: int
-) -> tuple[jax.Array, jax.Array]:
-    rows, cols, depth, steps, maps = kernel.shape
-    slabs = _slabs(x, rows, steps * s, s)
-    groups, _, batch = slabs.shape[1:]
-    flat = kernel.reshape(rows, cols, depth, steps * maps)
-    before = steps - 1 - first
-    after = max(0, groups + first - cols)
-    dy = jnp.pad(dy, ((0, 0), (before, after), (0, 0), (0, 0)))
-    dz = jnp.stack(
-        [dy[:, steps - 1 - j : steps - 1 - j + groups] for j in range(steps)], axis=3
-    ).reshape(rows, groups, batch, steps * maps)
-    dslabs, dkernel = [], None
-    for u, at in _wraps(groups, cols):
-        dslabs.append(jnp.einsum("rubo,ruio->ruib", dz[:, u], flat[:, at]))
-        part = _outer(slabs[:, u], dz[:, u])
-        if dkernel is None:
-            unused = cols - part.shape[1]
-            pad = ((0, 0), (0, unused), (0, 0), (0, 0))
-            dkernel = jnp.pad(part, pad) if unused else part
-        else:
-            dkernel = dkernel.at[:, at].add(part)
-    joined = jnp.concatenate(dslabs, axis=1) if len(dslabs) > 1 else dslabs[0]
-    return _slabs_transposed(joined, x, steps * s, s), dkernel.reshape(kernel.shape)
+def _join(parts: Iterable[jax.Array]) -> jax.Array:
+    first, *more = parts
+    return jnp.concatenate([first, *more], axis=1) if more else first
 
 
 def _outer(slabs: jax.Array, dz: jax.Array) -> jax.Array:
