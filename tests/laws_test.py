@@ -388,7 +388,9 @@ def test_each_function_is_compiled_once_per_run_and_shape(runtime, kind, compila
         train(runtime, loss_fn=counted, steps=steps, **keywords)
         assert len(traced) == 2  # when it is checked, and as a gradient
         assert compilations["jit(gradient)"] == 1
-        assert 1 <= compilations["jit(apply_gradients)"] <= len(shapes)
+        updates = "apply_gradients", "recycle_spare", "update_in_place"
+        assert any(compilations[f"jit({name})"] for name in updates)
+        assert all(compilations[f"jit({name})"] <= len(shapes) for name in updates)
         # Small eager functions may be in JAX's cache already, or not.
         names = "split", "merge", "gradient", "on_one", "on_shards", "loss"
         counts = [compilations[f"jit({name})"] for name in names]

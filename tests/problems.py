@@ -151,7 +151,10 @@ def compile_once(monkeypatch):
             _made[key] = made, params  # held, so that its id is not given out again
         elif hasattr(data, "start"):
             data.start(replicas)
-        return dataclasses.replace(_made[key][0], data=data)
+        made = _made[key][0]
+        # A run's parameters are its own, to write over.
+        own = jax.tree.map(jnp.copy, made.params)
+        return dataclasses.replace(made, data=data, params=own)
 
     for module in ("train", "replay"):
         # By name: the package's attributes are the functions.

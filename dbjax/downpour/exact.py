@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dbjax.downpour.plan import Plan
@@ -97,6 +96,7 @@ class Exact:
         self._rows = list(map(_Row, *columns))
         small = sum(problem.layout.nbytes) <= AHEAD_BYTES
         alone = len(self.shards) == 1 and problem.local_optimizer is None
+        alone &= problem.placement is None  # partitions keep all cores busy
         replicas = int(plan.trace.header["replicas"])
         room = (1 if plan.direct else 2) * replicas + 4 - peak_copies(plan)
         self.ahead = max(0, min(AHEAD, room)) if small and alone else 0
@@ -104,8 +104,7 @@ class Exact:
 
     def params(self) -> Params:
         """The whole current parameters, in buffers of their own."""
-        merged = self.problem.merge(tuple(shard.params for shard in self.shards))
-        return copy(merged) if len(self.shards) == 1 else merged
+        return self.problem.whole(tuple(shard.params for shard in self.shards))
 
     def run(self, stop: int) -> None:
         """Execute rows up to `stop`.
@@ -159,13 +158,13 @@ class Exact:
         """The parameters that a gradient is computed on."""
         problem = self.problem
         pairs = zip(self.pool, row.read, strict=True)
-        return problem.widen(problem.merge(tuple(slots[slot] for slots, slot in pairs)))
+        return problem.fetch(tuple(slots[slot] for slots, slot in pairs))
 
     def _gradient(self, row: _Row, params: Params) -> tuple[Any, Any]:
         """A gradient and whether it is finite, neither waited for."""
         with _named(row):
             minibatch = self.problem.batch(row.replica, row.batch)
-            return self.problem.gradient(params, minibatch, row.replica, row.batch)
+            return self.problem.compute(params, minibatch, row.replica, row.batch)
 
     def _compute(self, row: _Row) -> None:
         problem, into = self.problem, row.into
@@ -185,16 +184,18 @@ class Exact:
         with _named(row):
             finite = bool(finite)
         self.torn = True
-        if problem.local_step is not None and problem.local_optimizer is not None:
+        if problem.local_step is not None and problem.local_init is not None:
             if state is None:
-                state = problem.local_optimizer.init(params)
+                state = problem.call(0, problem.local_init, params)
             if finite:
-                params, state = problem.local_step(params, state, gradients)
+                step = problem.local_step
+                params, state = problem.call(0, step, params, state, gradients)
             self.local[row.replica] = params, state
         if row.first:
             self.accrued[into], self.finite[into] = gradients, finite
         else:
-            self.accrued[into] = problem.accrue(self.accrued[into], gradients)
+            accrued = self.accrued[into]
+            self.accrued[into] = problem.call(0, problem.accrue, accrued, gradients)
             self.finite[into] &= finite
         self.unpushed[into] = len(self.shards)
 
@@ -283,8 +284,8 @@ class Exact:
 
         def unpack(name: str, template: Any) -> Any:
             leaves, treedef = jax.tree.flatten(template)
-            own = [jnp.array(arrays[f"{name}/{i}"]) for i in range(len(leaves))]
-            return treedef.unflatten(own)
+            saved = [arrays[f"{name}/{i}"] for i in range(len(leaves))]
+            return treedef.unflatten(map(self.problem.like, leaves, saved))
 
         whole = self.problem.params
         for s, old in enumerate(self.shards):
@@ -306,7 +307,7 @@ class Exact:
             template = self.problem.split(whole) if split else whole
             self.accrued[slot] = unpack(f"accrued{slot}", template) if there else None
         if self.problem.local_optimizer is not None:
-            template = (whole, self.problem.local_optimizer.init(whole))
+            template = (whole, self.problem.call(0, self.problem.local_init, whole))
             self.local = {r: unpack(f"local{r}", template) for r in note["local"]}
         self.row = int(note["row"])
         self.finite = [bool(x) for x in note["finite"]]

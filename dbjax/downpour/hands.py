@@ -33,22 +33,23 @@ class ReplicaHands:
             self.base = [Fetched(copy(one.params), one.version) for one in self.base]
         self.fetched = fetched
         parts = tuple(self.problem.publish(one.params) for one in fetched)
-        self.params = self.problem.widen(self.problem.merge(parts))
+        self.params = self.problem.fetch(parts, self.replica)
 
     def compute(self, batch: int, step: int) -> None:
         """Add the gradient of minibatch `batch` to the accrued gradients."""
         problem, examples = self.problem, self.problem.batch(self.replica, batch)
-        gradients, finite = problem.gradient(self.params, examples, self.replica, batch)
+        me = self.replica
+        gradients, finite = problem.compute(self.params, examples, me, batch, on=me)
         finite = bool(finite)
-        if problem.local_step is not None and problem.local_optimizer is not None:
+        if problem.local_step is not None and problem.local_init is not None:
             if self.local_state is None:
-                self.local_state = problem.local_optimizer.init(self.params)
+                self.local_state = problem.call(me, problem.local_init, self.params)
             if finite:
-                self.params, self.local_state = problem.local_step(
-                    self.params, self.local_state, gradients
+                self.params, self.local_state = problem.call(
+                    me, problem.local_step, self.params, self.local_state, gradients
                 )
         if self.accrued_count:
-            self.accrued = problem.accrue(self.accrued, gradients)
+            self.accrued = problem.call(me, problem.accrue, self.accrued, gradients)
         else:
             self.accrued, self.finite, self.base = gradients, True, self.fetched
         self.finite &= finite
@@ -71,6 +72,10 @@ class ReplicaHands:
         ]
         self.accrued, self.accrued_count = None, 0
         return messages
+
+    def let_go(self) -> None:
+        """Give up the shards' parameters: others come before they are used again."""
+        self.params, self.fetched, self.base = None, [], []
 
     def _seen(self, params: Params) -> Params:
         """A version as the gradient saw it, if the optimizer asks for that."""

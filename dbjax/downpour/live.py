@@ -9,7 +9,7 @@ import numpy as np
 from dbjax import checkpoint
 from dbjax.downpour.arguments import Arguments
 from dbjax.downpour.hands import ReplicaHands
-from dbjax.downpour.problem import Problem, copy, digest
+from dbjax.downpour.problem import Problem, digest
 from dbjax.downpour.program import make_program
 from dbjax.downpour.provenance import (
     check_same,
@@ -43,19 +43,22 @@ class Live:
         self, problem: Problem, arguments: Arguments, runtime: Threads
     ) -> None:
         self.problem, self.a, self.runtime = problem, arguments, runtime
-        a = arguments
+        a, where = arguments, arguments.checkpoint_dir
         self.recorder = Recorder()
         self.evaluations: list[dict[str, Any]] = []
         self.batches, self.ids = [0] * a.replicas, [0] * a.replicas
         self.resumed_at = self.saved_at = 0
         self.local: dict[int, Any] = {}
         self.hands: dict[int, ReplicaHands] = {}
-        parts = problem.split(copy(problem.params))
-        self.states = [problem.shard.init(part) for part in parts]
-        self.description, where = describe_run(a, problem, "threads"), a.checkpoint_dir
-        if where is not None and (saved := checkpoint.latest(where)):
-            check_same(saved.note, self.description, where)
-            self._restore(saved)
+        self.states = [problem.shard.init(p) for p in problem.split(problem.params)]
+        self.description: dict[str, Any] = {}
+        if where is not None:
+            self.description = describe_run(a, problem, "threads")
+            if saved := checkpoint.latest(where):
+                check_same(saved.note, self.description, where)
+                self._restore(saved)
+        # The shards' from here on, who write over them: nobody keeps a copy.
+        self.problem = problem = dataclasses.replace(problem, params=None)
         # Tickets that a failed replica took with it are given out again.
         computed = self._computed()
         first = max(computed, default=-1) + 1
@@ -120,7 +123,8 @@ class Live:
             raise error
         self._save()
         trace = self._trace()
-        params = self.problem.merge(tuple(shard.state.params for shard in crew.shards))
+        parts = tuple(shard.state.params for shard in crew.shards)
+        params = self.problem.last(parts)
         states = tuple(shard.state.optimizer_state for shard in crew.shards)
         versions = max(shard.most_versions for shard in crew.shards)
         peak = versions + 2 * a.replicas * (1 + (a.shards > 1))
@@ -145,10 +149,8 @@ class Live:
         assert self.a.eval_fn is not None
         done = self.evaluations and self.evaluations[-1]["step"] >= snapshot.step
         if not done:
-            parts = tuple(state.params for state in snapshot.states)
-            params = self.problem.merge(parts)
-            if len(parts) == 1:  # it is the shard's own, which is recycled one day
-                params = copy(params)
+            # Copies: the shards' own are recycled one day.
+            params = self.problem.whole(tuple(one.params for one in snapshot.states))
             scalars = self.a.eval_fn(params, snapshot.step, snapshot.time)
             self.evaluations.append(
                 {"step": snapshot.step, "time": snapshot.time}
@@ -213,12 +215,11 @@ class Live:
         def unpack(name: str, template: Any) -> Any:
             leaves, treedef = jax.tree.flatten(template)
             places = range(len(leaves))
-            return treedef.unflatten(
-                [jax.numpy.array(saved.leaves[f"{name}/{i}"]) for i in places]
-            )
+            arrays = [saved.leaves[f"{name}/{i}"] for i in places]
+            return treedef.unflatten(map(problem.like, leaves, arrays))
 
-        if problem.local_optimizer is not None:
-            template = problem.local_optimizer.init(problem.params)
+        if problem.local_init is not None:
+            template = problem.call(0, problem.local_init, problem.params)
             self.local = {r: unpack(f"local{r}", template) for r in note["local"]}
         for s, state in enumerate(self.states):
             template = (state.params, state.optimizer_state)

@@ -1,5 +1,6 @@
 """What is trained, compiled once: the jitted pieces executors and replicas call."""
 
+import contextlib
 import dataclasses
 import functools
 import zlib
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from dbjax.loss import (
     GradientFn,
@@ -18,7 +20,10 @@ from dbjax.loss import (
     make_gradient,
     shapes_of,
 )
+from dbjax.mesh import Rules, batch_sharding
+from dbjax.runtime.launch import launch, turn
 from dbjax.server.layout import Layout
+from dbjax.server.placement import Placement
 from dbjax.server.shard import Shard, check_provide, make_shard
 from dbjax.server.split_check import check_split
 from dbjax.typing import Batch, Data, Gradients, LossFn, Params
@@ -30,7 +35,9 @@ class Problem:
 
     `gradient_fn` is the plain function, for executors that compile it into something
     larger; the jitted `gradient`, `accrue`, `split`, `merge`, `local_step` and `shard`
-    are what live replicas and the exact executor call, one after the other.
+    are what live replicas and the exact executor call, one after the other. Where
+    replicas are partitioned, `placement` says how, and programs on the devices of a
+    replica go through `call`.
     """
 
     params: Params
@@ -43,13 +50,64 @@ class Problem:
     gradient: Callable[..., tuple[Gradients, jax.Array]]
     accrue: Callable[[Gradients, Gradients], Gradients]
     split: Callable[[Params], tuple[Params, ...]]
-    merge: Callable[[tuple[Params, ...]], Params]
+    merge: Callable[..., Params]
     local_optimizer: optax.GradientTransformation | None
+    local_init: Callable[[Params], Any] | None
     local_step: Callable[..., tuple[Params, Any]] | None
     version_dtype: Any
     per_shard: bool
     seed: int | None
     batch_spec: tuple[Any, ...]
+    placement: Placement | None = None
+    rules: Rules | None = None
+
+    def call(self, on: int, program: Callable[..., Any], *args: Any) -> Any:
+        """Call a program on the devices of replica `on`."""
+        if self.placement is None:
+            return program(*args)
+        return launch(self.placement.mesh(on), program, *args)
+
+    def compute(
+        self, params: Params, batch: Batch, replica: int, index: int, on: int = 0
+    ) -> tuple[Gradients, jax.Array]:
+        """Give a minibatch's gradient and whether it is finite.
+
+        Args:
+          params: as `fetch` gives them.
+          batch: the minibatch.
+          replica: whose it is.
+          index: which of its minibatches.
+          on: on whose devices `params` are.
+
+        Returns:
+          Both, not waited for unless several devices compute them.
+        """
+        if self.placement is not None:
+            where = batch_sharding(batch, self.placement.mesh(on), self.rules)
+            batch = jax.tree.map(jax.device_put, batch, where)
+        return self.call(on, self.gradient, params, batch, replica, index)
+
+    def fetch(self, parts: tuple[Params, ...], on: int = 0) -> Params:
+        """Put the shards' published parameters together, for replica `on`."""
+        if self.placement is None:
+            return self.widen(self.merge(parts))
+        return self.widen(self.merge(parts, on))
+
+    def whole(self, parts: tuple[Params, ...]) -> Params:
+        """The parameters for a user's function, in buffers of their own."""
+        if self.placement is not None:
+            return self.placement.whole(parts)
+        merged = self.merge(parts)
+        return copy(merged) if self.layout.shards == 1 else merged
+
+    def last(self, parts: tuple[Params, ...]) -> Params:
+        """The parameters at the end, when the shards write no more."""
+        return self.merge(parts) if self.placement is None else self.whole(parts)
+
+    def like(self, leaf: jax.Array, saved: np.ndarray) -> jax.Array:
+        """Bring a saved array to where `leaf` is."""
+        where = None if self.placement is None else leaf.sharding
+        return jnp.array(saved, device=where)
 
     def batch(self, replica: int, index: int) -> Batch:
         """One minibatch, checked against the first one's shapes."""
@@ -102,8 +160,13 @@ def make_problem(
     rng: bool = False,
     has_aux: bool = False,
     seed: int = 0,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
 ) -> Problem:
     """Check everything that can be checked before a run, and compile nothing twice.
+
+    The problem's `params` are the run's own: made by `params()` if that is a function,
+    copied otherwise.
 
     Raises:
       TypeError, ValueError: what is wrong with the parameters, the loss, the data or
@@ -111,16 +174,23 @@ def make_problem(
     """
     _check_kinds(loss_fn, data, optimizer, local_optimizer, version_dtype)
     check_provide(provide)
-    layout = Layout.of(params, shards, split)
-    # Our own copy: the run recycles buffers, and NumPy memory may change under us.
-    # Of its own dtype, not a weak one, which the first update would change.
-    params = jax.tree.map(lambda x: jnp.array(x, jnp.result_type(x)), params)
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}")
+    if mesh is None and rules is not None:
+        raise ValueError("rules are of a mesh: give mesh= as well")
+    shapes = jax.eval_shape(params) if _is_function(params) else params
+    placement = (
+        None if mesh is None else Placement.of(shapes, shards, mesh, rules, split)
+    )
+    layout = Layout.of(shapes, shards, split) if placement is None else placement.layout
+    params = _own(params, placement)
     if not per_shard:
         check_split(optimizer, params, layout, split, provide)
     if hasattr(data, "start"):
         data.start(replicas)  # iterators begin anew, one a replica
     first = data.batch(0, 0)
-    check_loss(loss_fn, params, first, rng=rng, has_aux=has_aux, seed=seed)
+    with contextlib.nullcontext() if placement is None else turn(placement.mesh(0)):
+        check_loss(loss_fn, params, first, rng=rng, has_aux=has_aux, seed=seed)
     gradient_fn = make_gradient(loss_fn, rng=rng, has_aux=has_aux, seed=seed)
 
     def gradient(params: Params, batch: Batch, replica: Any, index: Any) -> Any:
@@ -132,7 +202,10 @@ def make_problem(
         updates, state = local_optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    single = layout.shards == 1
+    single, specs = layout.shards == 1, None
+    if placement is not None:
+        specs = [sharding.spec for sharding in placement.shardings[0]]
+        specs = layout.treedef.unflatten(specs), None
     return Problem(
         params=params,
         data=data,
@@ -141,19 +214,52 @@ def make_problem(
         optimizer=optimizer,
         provide=provide,
         gradient_fn=gradient_fn,
-        gradient=jax.jit(gradient),
+        gradient=jax.jit(gradient, out_shardings=specs),
         accrue=jax.jit(
             lambda sum_, more: jax.tree.map(jnp.add, sum_, more), donate_argnums=(0,)
         ),
-        split=layout.split if single else jax.jit(layout.split),
-        merge=layout.merge if single else jax.jit(layout.merge),
+        split=(
+            placement.split
+            if placement is not None
+            else layout.split
+            if single
+            else jax.jit(layout.split)
+        ),
+        merge=(
+            placement.merge
+            if placement is not None
+            else layout.merge
+            if single
+            else jax.jit(layout.merge)
+        ),
         local_optimizer=local_optimizer,
+        local_init=None if local_optimizer is None else jax.jit(local_optimizer.init),
         local_step=None if local_optimizer is None else jax.jit(local_step),
         version_dtype=version_dtype,
         per_shard=per_shard,
         seed=seed if rng else None,
         batch_spec=shapes_of(first),
+        placement=placement,
+        rules=rules,
     )
+
+
+def _is_function(params: Any) -> bool:
+    """Whether it makes parameters; a pytree, such as a module, may be callable too."""
+    return callable(params) and jax.tree.leaves(params) == [params]
+
+
+def _own(params: Any, placement: Placement | None) -> Params:
+    """The run's own first parameters, where they belong."""
+    if _is_function(params):
+        if placement is None:
+            return jax.jit(params)()
+        where = placement.layout.treedef.unflatten(placement.shardings[0])
+        return launch(placement.mesh(0), jax.jit(params, out_shardings=where))
+    # A copy: the run recycles buffers, and NumPy memory may change under us.
+    # Of its own dtype, not a weak one, which the first update would change.
+    params = jax.tree.map(lambda x: jnp.array(x, jnp.result_type(x)), params)
+    return params if placement is None else placement.put(params)
 
 
 def _check_kinds(
@@ -189,7 +295,8 @@ def digest(params: Params) -> int:
     """A checksum of a tree's bits, never 0 (which means: none recorded)."""
     value = 0
     for leaf in jax.tree.leaves(params):
-        value = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), value)
+        # Without a copy: a leaf may be large.
+        value = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), value)
     return value or 1
 
 

@@ -18,13 +18,23 @@ def describe_machine(problem: Problem) -> dict[str, Any]:
       problem: what is trained.
 
     Returns:
-      JSON-able: leaf shapes and dtypes, sizes, the version of JAX, device and threads.
+      JSON-able: leaf shapes and dtypes, sizes, the version of JAX, device and threads;
+      how replicas are partitioned, if they are.
     """
     # Not from the data: iterators do not go back.
     shape = problem.batch_spec[1][0] if len(problem.batch_spec) > 1 else ()
     layout = problem.layout
     names = zip(layout.names, layout.shapes, layout.dtypes, strict=True)
-    return {
+    partitions = {}
+    if (placement := problem.placement) is not None:
+        axes = placement.meshes[0].shape
+        partitions = {
+            "meshes": len(placement.meshes),
+            "mesh": {str(axis): int(size) for axis, size in axes.items()},
+            "fetch_bytes": placement.partition_bytes.tolist(),
+            "push_bytes": placement.owned_bytes.tolist(),
+        }
+    return partitions | {
         "shapes": {n: [list(shape), str(dtype)] for n, shape, dtype in names},
         "shard_sizes": list(layout.sizes),
         "batch_size": int(shape[0]) if shape else 1,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from dbjax.downpour.compiled import Loop
 from dbjax.downpour.exact import Exact
@@ -15,6 +16,7 @@ from dbjax.downpour.plan import Plan, make_plan
 from dbjax.downpour.problem import Problem, make_problem
 from dbjax.downpour.recycled import Recycled
 from dbjax.downpour.run import Run, make_info, peak_copies
+from dbjax.mesh import Rules
 from dbjax.runtime.base import MOST_REJECTED, RejectedTooOften
 from dbjax.trace import COMPUTE, NOT_FINITE, PUSH, TAKEN, Trace
 from dbjax.typing import Data, EvalFn, LossFn, Params
@@ -43,6 +45,8 @@ def replay(
     rng: bool = False,
     has_aux: bool = False,
     seed: int = 0,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
     eval_fn: EvalFn | None = None,
     eval_every: int | None = None,
 ) -> Run:
@@ -67,6 +71,8 @@ def replay(
       rng: as in `train`.
       has_aux: as in `train`.
       seed: as in `train`.
+      mesh: as in `train`; one replica's devices are enough. Needs `exact=True`.
+      rules: as in `train`.
       eval_fn: `eval_fn(params, step, time) -> {name: scalar}`.
       eval_every: minibatches between evaluations; the end is always evaluated.
 
@@ -84,11 +90,14 @@ def replay(
         )
     if verify and not np.any(trace.digest):
         raise ValueError("verify=True, but the Trace holds no digests to check against")
+    if mesh is not None and not exact:
+        raise ValueError("a mesh needs exact=True: compiled replay has one device")
     problem = make_problem(
         loss_fn, params, data, optimizer=optimizer, shards=int(trace.header["shards"]),
         replicas=int(trace.header["replicas"]), provide=provide,
         local_optimizer=local_optimizer, split=split, per_shard=per_shard,
-        version_dtype=version_dtype, rng=rng, has_aux=has_aux, seed=seed,
+        version_dtype=version_dtype, rng=rng, has_aux=has_aux, seed=seed, mesh=mesh,
+        rules=rules,
     )  # fmt: skip
     plan = make_plan(trace)
     machine, name = make_machine(plan, problem, exact, 1 if verify else 0)

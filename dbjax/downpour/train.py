@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import optax
+from jax.sharding import Mesh
 
 from dbjax.downpour.arguments import check_arguments
 from dbjax.downpour.emulate import run_emulated
@@ -11,6 +12,7 @@ from dbjax.downpour.live import Live
 from dbjax.downpour.problem import make_problem
 from dbjax.downpour.protocol import Protocol, asynchronous
 from dbjax.downpour.run import Run
+from dbjax.mesh import Rules
 from dbjax.runtime.emulated import Emulated
 from dbjax.runtime.threads import Threads
 from dbjax.typing import Data, EvalFn, LossFn, Params
@@ -40,8 +42,8 @@ def train(
     rng: bool = False,
     has_aux: bool = False,
     seed: int = 0,
-    mesh: Any = None,
-    rules: Any = None,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
     eval_fn: EvalFn | None = None,
     eval_every: int | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
@@ -57,7 +59,8 @@ def train(
     Args:
       loss_fn: `loss_fn(params, batch) -> scalar`, the mean over the batch; with `rng`
         it takes a key as third argument, with `has_aux` it returns `(loss, aux)`.
-      params: any pytree of float arrays.
+      params: any pytree of float arrays; or a function without arguments that makes
+        it, so that large ones are never there twice, nor whole on one device.
       data: gives `batch(replica, step)`; see `from_arrays`, `from_iterators`.
       optimizer: any optax transformation; it runs inside each shard.
       replicas: number of model replicas.
@@ -76,8 +79,11 @@ def train(
       rng: see `loss_fn`.
       has_aux: see `loss_fn`.
       seed: seed of the loss's keys.
-      mesh: None; model partitions are not part of this version.
-      rules: None, likewise.
+      mesh: devices that each replica is partitioned over. Along an axis "replica" each
+        has devices of its own; replicas without take turns on those of others. An
+        emulated run needs those of one replica only.
+      rules: how parameters lie on a replica's devices, see `dbjax.shard_params`. Shards
+        are cut alike, so their number is a multiple or a divisor of the partitions'.
       eval_fn: `eval_fn(params, step, time) -> {name: scalar}`.
       eval_every: minibatches between evaluations; the end is always evaluated.
       checkpoint_dir: where to save, and where to go on from.
@@ -103,10 +109,6 @@ def train(
     3.0
     """
     runtime = Emulated() if runtime is None else runtime
-    if mesh is not None or rules is not None:
-        raise ValueError(
-            "mesh and rules must be None: this version has no model partitions yet"
-        )
     arguments = check_arguments(
         replicas=replicas, shards=shards, steps=steps, n_fetch=n_fetch, n_push=n_push,
         overlap=overlap, warmstart_steps=warmstart_steps, protocol=protocol,
@@ -117,7 +119,7 @@ def train(
         loss_fn, params, data, optimizer=optimizer, shards=arguments.shards,
         replicas=arguments.replicas, provide=provide, local_optimizer=local_optimizer,
         split=split, per_shard=per_shard, version_dtype=version_dtype, rng=rng,
-        has_aux=has_aux, seed=seed,
+        has_aux=has_aux, seed=seed, mesh=mesh, rules=rules,
     )  # fmt: skip
     if isinstance(runtime, Emulated):
         return run_emulated(problem, arguments, runtime)

@@ -1,53 +1,19 @@
-"""Device meshes, and where parameters lie on them: rules from paths to PartitionSpecs.
+"""Where parameters lie on a mesh: rules from paths to PartitionSpecs.
 
 All sharding decisions are made here. A rule is `(pattern, spec)`: the first whose
 regular expression is found in a leaf's path, such as `layers/0/kernel`, decides.
 """
 
-import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dbjax.typing import Params
 
 Rules: TypeAlias = Sequence[tuple[str, PartitionSpec]]
-
-
-def make_mesh(devices: Sequence[jax.Device] | None = None, **axes: int) -> Mesh:
-    """Make a mesh of named axes.
-
-    Args:
-      devices: to use; the first ones there are if not given.
-      **axes: the size of each axis, in order.
-
-    Returns:
-      A mesh whose axes are of the Auto kind: users' losses need no annotations.
-
-    Raises:
-      ValueError: there is no axis, a size is below 1, or there are too few devices.
-
-    >>> make_mesh(replica=1, model=1).axis_names
-    ('replica', 'model')
-    """
-    if not axes or any(size < 1 for size in axes.values()):
-        raise ValueError(f"axes={axes}: allowed are one or more, of sizes from 1")
-    count = math.prod(axes.values())
-    there = jax.devices() if devices is None else list(devices)
-    if count > len(there):
-        raise ValueError(
-            f"a mesh of {axes} needs {count} devices; there are {len(there)}"
-        )
-    # The first two by position: their names differ between versions of jax.
-    return jax.make_mesh(
-        tuple(axes.values()),
-        tuple(axes),
-        axis_types=(AxisType.Auto,) * len(axes),
-        devices=there[:count],
-    )
 
 
 def shardings(params: Params, mesh: Mesh, rules: Rules | None = None) -> Params:
@@ -63,13 +29,14 @@ def shardings(params: Params, mesh: Mesh, rules: Rules | None = None) -> Params:
       A tree of `NamedSharding`.
 
     Raises:
-      ValueError: a rule does not fit the leaf that it matches.
+      ValueError: a rule does not fit the leaf that it matches, or none matches any.
     """
     if rules is not None:
         rules = [(str(pattern), spec) for pattern, spec in rules]
+        _check_match(rules, params)
 
     def one(path: Any, leaf: Any) -> NamedSharding:
-        name = "/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)
+        name = _name(path)
         if rules is None:
             return NamedSharding(mesh, _even(leaf.shape, mesh))
         specs = (spec for pattern, spec in rules if re.search(pattern, name))
@@ -91,23 +58,52 @@ def shard_params(params: Params, mesh: Mesh, rules: Rules | None = None) -> Para
     return jax.tree.map(jax.device_put, params, shardings(params, mesh, rules))
 
 
-def batch_sharding(batch: Any, mesh: Mesh) -> Any:
-    """Spread examples over all devices; a batch they do not divide is whole on each.
+def batch_sharding(batch: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
+    """Spread examples over the axes that no rule names; over all of them without rules.
+
+    So the axes which cut parameters see every example, and the others share them. What
+    these do not divide is whole on each.
 
     Args:
       batch: a pytree of arrays `[B, ...]`.
       mesh: its devices.
+      rules: how the parameters lie on it.
 
     Returns:
       A tree of `NamedSharding`.
     """
-    spec = PartitionSpec(mesh.axis_names)
+    cut = {axis for _, spec in rules or () for axis in _axes(spec)}
+    free = tuple(axis for axis in mesh.axis_names if axis not in cut)
+    count = 1
+    for axis in free:
+        count *= mesh.shape[axis]
 
     def one(leaf: Any) -> NamedSharding:
-        fits = leaf.ndim and leaf.shape[0] % mesh.size == 0
-        return NamedSharding(mesh, spec if fits else PartitionSpec())
+        fits = free and leaf.ndim and leaf.shape[0] % count == 0
+        return NamedSharding(mesh, PartitionSpec(free) if fits else PartitionSpec())
 
     return jax.tree.map(one, batch)
+
+
+def _axes(spec: PartitionSpec) -> Iterator[str]:
+    for entry in spec:
+        yield from (entry,) if isinstance(entry, str) else entry or ()
+
+
+def _name(path: Any) -> str:
+    keys = (getattr(k, "key", getattr(k, "idx", getattr(k, "name", k))) for k in path)
+    return "/".join(map(str, keys))
+
+
+def _check_match(rules: Rules, params: Params) -> None:
+    """Raise if no rule matches anything: they were meant for other parameters."""
+    names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    if rules and not any(re.search(rule, name) for rule, _ in rules for name in names):
+        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        raise ValueError(
+            f"rules: none of {[pattern for pattern, _ in rules]} is found in a "
+            f"parameter's path; the paths are {shown}"
+        )
 
 
 def _even(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -68,15 +68,15 @@ class LiveShard:
             before, status = self.state, TAKEN if message.taken else NOT_FINITE
             if message.taken and not takes(before.version - message.base):
                 message, status = message._replace(taken=False), DROPPED
-            spare = self.dead.pop() if self.dead and message.taken else None
+            spare = None
+            if message.taken and id(before.params) not in self.holders:
+                spare = before.params  # nobody sees it: written in place
+                del self.dead[:1]  # so few hold versions that they come one by one
+            elif message.taken and self.dead:
+                spare = self.dead.pop()
             after, reply = self.shard.handle(before, message, spare=spare)
             record(reply.version, status)
             self.state = after
-            if (
-                before.params is not after.params
-                and id(before.params) not in self.holders
-            ):
-                self.dead.append(before.params)
             self.most_versions = max(
                 self.most_versions, len(self.holders) + 1 + len(self.dead)
             )

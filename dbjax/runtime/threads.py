@@ -76,6 +76,10 @@ class Hands(Protocol):
         """Give the accrued gradients away, a message a shard, and zero them."""
         ...
 
+    def let_go(self) -> None:
+        """Give up the shards' parameters: others come before they are used again."""
+        ...
+
     def count(self) -> int:
         """How many gradients are accrued."""
         ...
@@ -411,6 +415,13 @@ class _Life:
         id_, count = crew.ids[replica], self.hands.count()
         crew.ids[replica] += 1
         messages = self.hands.push(id_, step)
+        fetches = self.state.batch % crew.program.periods.n_fetch == 0
+        stale = any(message.stale_params is not None for message in messages)
+        if self.courier is None and fetches and not stale:
+            # So that a version which only this replica has seen is updated in place.
+            self.hands.let_go()
+            for shard in crew.shards:
+                shard.release((replica, self.turn))
         if self.courier is None:
             crew.push(replica, step, messages, count)
         else:

@@ -105,14 +105,14 @@ def _halve(boxes: list[Box], target: int, slack: float) -> tuple[list[Box], list
     return left, right
 
 
-def _bisect(boxes: list[Box], shards: int) -> list[list[Box]]:
+def bisect(boxes: list[Box], shards: int) -> list[list[Box]]:
     """Cut boxes into `shards` groups of nearly equal size, a box a leaf at most."""
     if shards == 1:
         return [boxes]
     half, total = shards // 2, sum(box.size for box in boxes)
     # Rather keep a leaf whole than balance the last two per cent.
     left, right = _halve(boxes, round(total * half / shards), 0.02 * total / shards)
-    return _bisect(left, half) + _bisect(right, shards - half)
+    return bisect(left, half) + bisect(right, shards - half)
 
 
 def _runs(boxes: list[Box], shards: int) -> list[list[Box]]:
@@ -135,7 +135,7 @@ def _runs(boxes: list[Box], shards: int) -> list[list[Box]]:
 
 def _even(boxes: list[Box], shards: int) -> list[list[Box]]:
     """Balance by slices; where shards are too small for that, by flat runs."""
-    held = _bisect(boxes, shards)
+    held = bisect(boxes, shards)
     sizes = [sum(box.size for box in mine) for mine in held]
     mean = sum(sizes) / shards
     if min(sizes) > 0 and max(sizes) <= max(1.1 * mean, math.ceil(mean)):
@@ -268,13 +268,13 @@ class Layout:
             for box in mine:
                 pieces[box.leaf].append((box, held[box.leaf]))
         leaves = [
-            _assemble(p).reshape(shape)
+            assemble(p).reshape(shape)
             for p, shape in zip(pieces, self.shapes, strict=True)
         ]
         return jax.tree.unflatten(self.treedef, leaves)
 
 
-def _assemble(pieces: list[tuple[Box, Any]]) -> jax.Array:
+def assemble(pieces: list[tuple[Box, Any]]) -> jax.Array:
     """Join boxes into the leaf they tile: find the axis of the first cut, recurse."""
     if len(pieces) == 1:
         return pieces[0][1]
@@ -289,11 +289,13 @@ def _assemble(pieces: list[tuple[Box, Any]]) -> jax.Array:
                 [piece for piece in pieces if a <= piece[0].start[axis] < b]
                 for a, b in edges
             ]
-            return jnp.concatenate([_assemble(run) for run in runs], axis)
+            return jnp.concatenate([assemble(run) for run in runs], axis)
     raise AssertionError("boxes do not come from cuts")
 
 
-def _as_array(name: str, leaf: Any) -> jax.Array:
+def _as_array(name: str, leaf: Any) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
     try:
         return jnp.asarray(leaf)
     except (TypeError, ValueError):

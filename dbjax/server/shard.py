@@ -2,7 +2,7 @@
 
 A version is never written to while someone can see it (copy-on-write). The memory of
 one that nobody holds any more may be given to `handle` as `spare`: it becomes the next
-version.
+version. Where that is the newest one itself, it is updated in place.
 """
 
 import functools
@@ -74,9 +74,15 @@ def make_shard(
     check_provide(provide)
     step = functools.partial(apply_gradients, optimizer)
     apply = jax.jit(step, donate_argnums=(1,))
-    recycle = jax.jit(
-        lambda spare, *args: step(*args), donate_argnums=(0, 2), keep_unused=True
-    )
+
+    def update_in_place(*args: Any) -> tuple[Params, Any]:
+        return step(*args)
+
+    def recycle_spare(spare: Params, *args: Any) -> tuple[Params, Any]:
+        return step(*args)
+
+    in_place = jax.jit(update_in_place, donate_argnums=(0, 1))
+    recycle = jax.jit(recycle_spare, donate_argnums=(0, 2), keep_unused=True)
 
     def handle(
         state: ShardState, message: Fetch | Push, spare: Params = None
@@ -92,9 +98,12 @@ def make_shard(
         if "stale_params" in provide:
             extras["stale_params"] = message.stale_params
         args = state.params, state.optimizer_state, message.gradients, extras
-        params, optimizer_state = (
-            apply(*args) if spare is None else recycle(spare, *args)
-        )
+        if spare is None:
+            params, optimizer_state = apply(*args)
+        elif spare is state.params:
+            params, optimizer_state = in_place(*args)
+        else:
+            params, optimizer_state = recycle(spare, *args)
         return state._replace(
             params=params, optimizer_state=optimizer_state, version=version
         ), Pushed(version)

@@ -45,7 +45,8 @@ BAD = [
     *of(("runtime",), "threads", dbjax.Threads),
     *of(("split",), "odd", None),
     *of(("version_dtype",), jnp.int32, "int8", "no dtype"),
-    *of(("mesh", "rules"), 1),
+    *of(("mesh",), 1),
+    *of(("rules",), [("w", None)]),
     # With one shard and with several: another check comes first.
     *of(("provide",), "staleness", ("age",), 3),
     *[({"provide": p, "shards": 2}, "provide") for p in ("staleness", ("age",))],

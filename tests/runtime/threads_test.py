@@ -373,8 +373,7 @@ def test_a_version_that_nobody_holds_becomes_the_next():
     push(live, PARAMS)
     push(live, PARAMS)
     assert not jax.tree.leaves(first)[0].is_deleted()
-    live.release("me")
-    push(live, PARAMS)
+    live.hold("me")
     push(live, PARAMS)
     assert jax.tree.leaves(first)[0].is_deleted()
 
@@ -384,15 +383,36 @@ def test_several_who_hold_one_version_all_have_to_let_go():
     first = live.hold("a").params
     assert live.hold("b").params is first
     push(live, PARAMS)
-    live.release("a")
-    live.release("a")
+    live.hold("a")
     for _ in range(3):
         push(live, PARAMS)
+        live.hold("a")
     assert not jax.tree.leaves(first)[0].is_deleted()
-    live.release("b")
-    for _ in range(2):
-        push(live, PARAMS)
+    live.hold("b")
+    push(live, PARAMS)
     assert jax.tree.leaves(first)[0].is_deleted()
+
+
+def test_the_newest_is_updated_in_place_where_nobody_holds_it():
+    live = make_live(PARAMS)
+
+    def memory():
+        return [x.unsafe_buffer_pointer() for x in jax.tree.leaves(live.state.params)]
+
+    first, seen = memory(), live.hold("me").params
+    push(live, PARAMS)
+    assert memory() != first
+    assert not jax.tree.leaves(seen)[0].is_deleted()
+    second = memory()
+    for _ in range(3):
+        push(live, PARAMS)
+        assert memory() == second
+
+
+def test_alone_a_replica_needs_one_copy_of_the_parameters():
+    """It lets go of the version that its gradient was computed on before it pushes."""
+    run = train(dbjax.Threads(), replicas=1, shards=2)
+    assert run.info.peak_copies == 1 + 2 * 2
 
 
 def test_a_rejected_push_counts_a_version_and_keeps_the_parameters():
