@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -55,24 +55,31 @@ class Measured(NamedTuple):
         ]
 
 
-def measure(widths: Sequence[int], batch: int, rounds: int = 15) -> Measured:
+def measure(
+    widths: Sequence[int], batch: int, *, rounds: int = 40, repeats: int = 4
+) -> Measured:
     """Measure a core, messages between two, and a network on one and on both.
 
     Args:
       widths: of the network, `widths[0]` inputs.
       batch: examples in a mini-batch.
-      rounds: how often each time is taken; the best counts, as programs of others only
-        ever add to it.
+      rounds: how often a process takes each time; the best counts, as other programs
+        only ever add to it.
+      repeats: how many processes do so, those of one device and of two by turns.
 
     Returns:
       What was found.
     """
     about = {"widths": list(widths), "batch": batch, "rounds": rounds}
-    one, two = _child(devices=1, **about), _child(devices=2, **about)
+    turns = [[_child(devices=n, **about) for n in (1, 2)] for _ in range(repeats)]
+    one, two = zip(*turns, strict=True)
     # t = (w + 2 g) / f for a layer's two phases, and t = l + b / d.
-    rate, begin = _line(one["flops"])
-    send, latency = _line(two["bytes"])
-    spread = statistics.stdev(one["steps"]) / statistics.mean(one["steps"])
+    rate, begin = _line(_best(found["flops"] for found in one))
+    send, latency = _line(_best(found["bytes"] for found in two))
+    spread = min(
+        statistics.stdev(found["steps"]) / statistics.mean(found["steps"])
+        for found in one
+    )
     machine = Machine(
         flops=1 / rate,
         grain=begin / rate / 2,
@@ -80,8 +87,19 @@ def measure(widths: Sequence[int], batch: int, rounds: int = 15) -> Measured:
         latency=latency,
         pace=power_tail(max(spread, 1e-3)),
     )
-    steps = {n: min(found["steps"]) for n, found in ((1, one), (2, two))}
-    return Measured(machine, steps, two["sent"], tuple(widths), batch)
+    steps = {
+        n: min(min(found["steps"]) for found in turn)
+        for n, turn in ((1, one), (2, two))
+    }
+    return Measured(machine, steps, two[0]["sent"], tuple(widths), batch)
+
+
+def _best(found: Iterable[Sequence[Sequence[float]]]) -> list[tuple[float, float]]:
+    """Give each point `(x, seconds)` with the least seconds that any process took."""
+    return [
+        (points[0][0], min(seconds for _, seconds in points))
+        for points in zip(*found, strict=True)
+    ]
 
 
 def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
