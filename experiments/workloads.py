@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 import dbjax
+from dbjax.mesh import Rules
 from dbjax.typing import Batch, Data, LossFn, Params
 from experiments import registry, streams
 
@@ -36,6 +37,8 @@ class Workload:
         is never trained on; `"train_loss"` is what is minimised, penalties included.
       fixed: all that there is to train on, for methods that need the whole of it; None
         where training data has no end.
+      rules: how the parameters are partitioned over a mesh's axis "model"; None where
+        the model is not made for it.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Workload:
     batch_size: int
     evaluate: Callable[[Params], dict[str, float]]
     fixed: Batch | None = None
+    rules: Rules | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -222,10 +226,61 @@ def speech_frames(
     )
 
 
+def speech(
+    *,
+    seed: int,
+    batch_size: int = 128,
+    states: int = 8192,
+    hidden: Sequence[int] = (2560,) * 4,
+    noise: float = 2.0,
+    test_size: int = 2_000,
+) -> Workload:
+    """The paper's speech network, which can be partitioned, on artificial speech.
+
+    Data as in `speech_frames`; first weights are those of `dbjax.models.dense`, with
+    which four layers of sigmoids learn.
+
+    Args:
+      seed: seeds the source and its stream.
+      batch_size: examples in a minibatch.
+      states: hidden states, the classes.
+      hidden: units in each hidden layer (sigmoid).
+      noise: as for `streams.MarkovFrames`.
+      test_size: clips in the test.
+
+    Returns:
+      The workload.
+    """
+    data = streams.MarkovFrames(batch_size, states=states, seed=seed, noise=noise)
+    sizes = (data.window * data.features, *hidden, states)
+    model = dbjax.models.dense(sizes, name="speech")
+
+    def loss(params: Params, batch: Batch) -> jax.Array:
+        return model.loss(params, (batch["frames"], batch["state"]))
+
+    def scores(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        outputs = model.apply(params, batch["frames"])
+        losses = model.losses(outputs, batch["state"])
+        return losses, outputs.argmax(-1) == batch["state"]
+
+    return Workload(
+        "speech",
+        f"a generated stream of {data.window} x {data.features} frames from "
+        f"{states:,} hidden states, network {_arrows(sizes)}",
+        lambda seed: model.init(jax.random.key(seed)),
+        loss,
+        data,
+        batch_size,
+        _evaluation(scores, loss, test=data.held_out(test_size)),
+        rules=model.rules,
+    )
+
+
 WORKLOADS: Mapping[str, Callable[..., Workload]] = {
     "digits": digits,
     "breast_cancer": breast_cancer,
     "speech_frames": speech_frames,
+    "speech": speech,
 }
 
 

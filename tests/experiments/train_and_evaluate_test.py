@@ -20,6 +20,7 @@ SIZES = {
     "digits": {"hidden": (8,), "batch_size": 4},
     "breast_cancer": {"batch_size": 4},
     "speech_frames": {"hidden": (8,), "states": 4, "batch_size": 4},
+    "speech": {"hidden": (8, 8), "states": 4, "batch_size": 4},
 }
 SANDBLASTER = {
     "replicas": 2,

@@ -4,12 +4,14 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
+import dbjax
 from experiments import registry, workloads
 
 SMALL = {
     "digits": {"hidden": (16,), "batch_size": 8},
     "breast_cancer": {"batch_size": 8},
     "speech_frames": {"hidden": (8,), "states": 4, "test_size": 50, "batch_size": 8},
+    "speech": {"hidden": (8, 8), "states": 4, "test_size": 50, "batch_size": 8},
 }
 
 
@@ -63,6 +65,15 @@ def test_full_sizes_are_those_of_the_paper_and_the_readme():
     )
     assert paper.num_parameters == 41_777_152
     assert "41,777,152 parameters" in paper.describe()
+    assert workloads.speech(seed=0, test_size=1).num_parameters == 41_777_152
+
+
+def test_speech_can_be_partitioned():
+    workload = small("speech")
+    mesh = dbjax.make_mesh(model=1)
+    params = dbjax.shard_params(workload.init(0), mesh, workload.rules)
+    specs = [leaf.sharding.spec for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
+    assert specs and all("model" in spec for spec in specs)
 
 
 @pytest.mark.parametrize(
