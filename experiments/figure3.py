@@ -148,8 +148,9 @@ def check(measured: Measured) -> list[str]:
         f"{describe(machine)}, which includes what other programs did meanwhile.",
         f"Check, a gradient of {widths} with {measured.batch} examples, predicted: "
         f"{times}; speed-up {told[1] / told[2]:.2f} (measured "
-        f"{steps[1] / steps[2]:.2f}). More than {os.cpu_count()} devices have no core "
-        "each here, and cannot be checked.",
+        f"{steps[1] / steps[2]:.2f}). The model knows nothing of memory that cores "
+        f"share. More than {os.cpu_count()} devices have no core each here, and cannot "
+        "be checked.",
         f"Each of two sends {sent:,.0f} bytes by the model, {measured.sent:,.0f} by "
         "the compiled program.",
     ]

@@ -33,8 +33,8 @@ def draw(paper: Paper, found: Fit, measured: Measured | None) -> figure.Figure:
         left.plot(x, y, marker, color=colour, markersize=7, **edge)
     errors = [error(paper, name, found.machine).median for name in paper.networks]
     low, high = 100 * min(errors), 100 * max(errors)
-    left.set_title(f"The paper's curves: model {low:.0f} to {high:.0f} % off")
-    _about(left, "one kind of machine for all,", found.machine)
+    left.set_title(f"The paper's curves; model {low:.0f} to {high:.0f} % off (medians)")
+    _about(left, "one machine, fitted to all points:", found.machine)
     _axes(left, 24)
     if measured:
         right = panels[0, 1]
@@ -45,7 +45,7 @@ def draw(paper: Paper, found: Fit, measured: Measured | None) -> figure.Figure:
         text = f"a smaller network, run here:\n{seen:.2f}x on 2 cores"
         right.annotate(text, (2, seen), xytext=(3, 1.05), fontsize=10)
         right.set_title("What machines like this one's cores would do")
-        _about(right, "measured, as is the spread,", measured.machine)
+        _about(right, "measured here, its spread too:", measured.machine)
         _axes(right, LARGEST)
     picture.legend(handles=_handles(paper), loc="outside lower center", ncols=4)
     return picture
