@@ -6,9 +6,8 @@ replicas that run on their own have no common order in which it could be carried
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +15,11 @@ from flax import errors, nnx
 from flax import linen as nn
 from flax.core import DenyList, unfreeze
 
-from dbjax.typing import Batch, LossFn, Params
-
-State = dict[str, Any]
-"""What a module holds besides parameters and keys; its "batch_stats" and the rest."""
+from dbjax.models.adapted import Adapted, State, adapt, kind
+from dbjax.typing import Batch
 
 
-def from_nnx(module: nnx.Module, *, loss: Callable[[Any, Batch], Any]) -> "Adapted":
+def from_nnx(module: nnx.Module, *, loss: Callable[[Any, Batch], Any]) -> Adapted:
     """Take an NNX module apart, for training.
 
     - Parameters are all `nnx.Param`; one that is shared by several layers is one leaf.
@@ -68,11 +65,11 @@ def from_nnx(module: nnx.Module, *, loss: Callable[[Any, Batch], Any]) -> "Adapt
     if isinstance(module, nn.Module):
         raise TypeError("module is a Linen module: use from_linen")
     if not isinstance(module, nnx.Module):
-        raise TypeError(f"module must be an nnx.Module, got {_kind(module)}")
+        raise TypeError(f"module must be an nnx.Module, got {kind(module)}")
     graphdef, *parts = nnx.split(module, *_FILTERS)
     params, keys, *state = map(nnx.to_pure_dict, parts)
     flax = _NNX(graphdef, keys, dict(zip(_STATE, state, strict=True)), loss)
-    return _adapt(flax, params, loss)
+    return adapt(flax, params, loss)
 
 
 def from_linen(
@@ -80,7 +77,7 @@ def from_linen(
     variables: Mapping[str, Any],
     *,
     loss: Callable[[Any, Batch], Any],
-) -> "Adapted":
+) -> Adapted:
     """Take a Linen module and its variables, for training.
 
     Everything that `from_nnx` says holds here, in Linen's words: parameters are the
@@ -114,9 +111,9 @@ def from_linen(
     if isinstance(module, nnx.Module):
         raise TypeError("module is an NNX module: use from_nnx")
     if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a flax.linen.Module, got {_kind(module)}")
+        raise TypeError(f"module must be a flax.linen.Module, got {kind(module)}")
     if not isinstance(variables, Mapping) or "params" not in variables:
-        got = sorted(variables) if isinstance(variables, Mapping) else _kind(variables)
+        got = sorted(variables) if isinstance(variables, Mapping) else kind(variables)
         raise ValueError(
             'variables must hold the collection "params", as module.init gives it; '
             f"got {got}"
@@ -124,99 +121,13 @@ def from_linen(
     state = dict(unfreeze(nn.unbox(variables)))
     params = state.pop("params")
     state.pop("intermediates", None)  # what init happened to sow
-    return _adapt(_Linen(module, state, loss), params, loss)
+    return adapt(_Linen(module, state, loss), params, loss)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Adapted:
-    """A flax module for training; made by `from_nnx` and `from_linen`.
-
-    Attributes:
-      params: the first parameters, nested dicts of arrays.
-      loss_fn: `loss_fn(params, batch)`, or with a key as third argument; pure.
-    """
-
-    params: Params
-    loss_fn: LossFn
-    _flax: "_Flax"
-
-    def merge(
-        self,
-        params: Params,
-        batches: Iterable[Batch] | None = None,
-        *,
-        key: jax.Array | None = None,
-    ) -> Any:
-        """Give the module with these parameters, ready for use.
-
-        Batch normalisation needs averages for evaluation. They are the plain mean, over
-        the batches given here, of each one's statistics, which the loss makes as in
-        training, with these parameters. Other state that is not trained is carried from
-        batch to batch, as the loss changes it.
-
-        Args:
-          params: trained ones, of the structure of `self.params`.
-          batches: some training batches, of the training's size; or `()`, to keep all
-            state as it was given. Needed only if there are batch statistics.
-          key: for random numbers in these batches; a fixed one if not given.
-
-        Returns:
-          From NNX a new module in evaluation mode, as after `module.eval()`; from
-          Linen variables for `module.apply`.
-
-        Raises:
-          ValueError: the parameters are of another structure; there are batch
-            statistics and it is not said what they are to be; or there is no batch.
-        """
-        _check_structure(params, self.params)
-        state = self._flax.state
-        if batches is None and jax.tree.leaves(state.get("batch_stats", {})):
-            raise ValueError(
-                "batches: the module has batch statistics, which are not trained. Give "
-                "some training batches, to take the statistics of these parameters; or "
-                "batches=() to keep those it was given with"
-            )
-        keep = batches is None or (isinstance(batches, tuple) and not batches)
-        key = jax.random.key(0) if key is None else key
-        count = 0
-        for batch in () if batches is None else batches:
-            own = jax.random.fold_in(key, count)
-            # The mean of those before, and this one's share of a mean with it.
-            momentum = count / (count + 1)
-            state = self._after(params, state, batch, own, momentum)
-            jax.block_until_ready(state)  # one program of several devices at a time
-            count += 1
-        if not (count or keep):
-            raise ValueError("batches: there were none")
-        return self._flax.build(params, state)
-
-    @functools.cached_property
-    def _after(self) -> Callable[..., State]:
-        return jax.jit(lambda *args: self._flax.run(*args)[1])
-
-
-class _Flax(Protocol):
-    """What differs between NNX and Linen."""
-
-    @property
-    def state(self) -> State: ...
-
-    def run(
-        self,
-        params: Params,
-        state: State,
-        batch: Batch,
-        key: jax.Array | None,
-        momentum: Any = None,
-    ) -> tuple[Any, State]:
-        """Give what the loss returns, and the state after it.
-
-        `momentum` takes the place of that of batch normalisation.
-        """
-        ...
-
-    def build(self, params: Params, state: State) -> Any: ...
-
+_NO_KEY = (
+    "the loss draws random numbers, so it must be given a key: "
+    "loss_fn(params, batch, key), which is rng=True of a run"
+)
 
 _FILTERS = (nnx.Param, nnx.RngState, nnx.BatchStat, nnx.Intermediate, ...)
 _STATE = ("batch_stats", "intermediates", "others")
@@ -282,52 +193,6 @@ class _Linen:
         return {"params": params, **state}
 
 
-_NO_KEY = (
-    "the loss draws random numbers, so it must be given a key: "
-    "loss_fn(params, batch, key), which is rng=True of a run"
-)
-
-
-def _adapt(flax: _Flax, params: Params, loss: Any) -> Adapted:
-    if not callable(loss):
-        raise TypeError(
-            f"loss must be callable, loss(module, batch); got {_kind(loss)}"
-        )
-    _check_params(params)
-    params = jax.tree.map(jnp.array, params)
-
-    def loss_fn(params: Params, batch: Batch, key: jax.Array | None = None) -> Any:
-        """Give the loss of the module with these parameters."""
-        _check_structure(params, shapes)
-        return flax.run(params, flax.state, batch, key)[0]
-
-    shapes = jax.eval_shape(lambda: params)  # keeps no first parameters alive
-    return Adapted(params, loss_fn, flax)
-
-
-def _check_params(params: Params) -> None:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    if not leaves:
-        raise ValueError("the module has no parameters to train")
-    for path, leaf in leaves:
-        if not hasattr(leaf, "__array__"):
-            what = f"{_kind(leaf)}; give a module that holds arrays"
-        elif not jnp.issubdtype(leaf.dtype, jnp.floating):
-            what = f"{leaf.dtype}; what is not trained must not be a parameter"
-        else:
-            continue
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        raise ValueError(f"parameter {name} must be an array of floats, got {what}")
-
-
-def _check_structure(params: Params, expected: Params) -> None:
-    if jax.tree.structure(params) != jax.tree.structure(expected):
-        raise ValueError(
-            f"params must have the structure {jax.tree.structure(expected)}, got "
-            f"{jax.tree.structure(params)}"
-        )
-
-
 def _derive(keys: Any, key: jax.Array) -> Any:
     """Give each stream a key of its own; counts stay."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -347,8 +212,3 @@ def _set_momentum(module: nnx.Module, momentum: Any) -> None:
 def _changed(before: Any, after: Any) -> bool:
     pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
     return any(x is not y for x, y in pairs)
-
-
-def _kind(value: Any) -> str:
-    name = value.__name__ if isinstance(value, type) else type(value).__name__
-    return f"the class {name}" if isinstance(value, type) else f"a {name}"
