@@ -6,6 +6,8 @@ import pytest
 
 from dbjax.cluster import layers, partitions
 from dbjax.cluster.layers import Full
+from dbjax.models.dense import speech
+from dbjax.models.vision import vision
 from experiments import figure3, figure3_fit, measure_machine, plots, plots_figure3
 from experiments.figure3_fit import ASSUMED
 from experiments.measure_machine import Measured
@@ -40,6 +42,10 @@ def test_networks_have_the_sizes_they_are_named_after(paper):
     assert set(paper.networks) == set(sizes)
     for name, size in sizes.items():
         assert weights(name) == pytest.approx(size, rel=0.05)
+        kind, preset = name.split()
+        model = vision(preset) if kind == "images" else speech()
+        # The model's biases, one for each position and map, are left out.
+        assert 0.99 < weights(name) / model.num_parameters < 1
 
 
 def test_one_machine_explains_all_curves_but_for_the_break_of_speech(paper, found):
