@@ -92,7 +92,7 @@ def test_a_run_trains_it_and_its_trace_replays_to_the_same_bits(adapt):
     data = dbjax.from_arrays({"x": X, "y": Y}, batch_size=16)
     rule = dbjax.adagrad(0.1)
     run = dbjax.downpour.train(
-        p.loss_fn, p.params, data, optimizer=rule, replicas=3, shards=2, steps=90,
+        p.loss_fn, p.params, data, optimizer=rule, replicas=3, shards=2, steps=60,
         rng=True,
     )  # fmt: skip
     again = dbjax.replay(
@@ -101,7 +101,7 @@ def test_a_run_trains_it_and_its_trace_replays_to_the_same_bits(adapt):
     jax.tree.map(np.testing.assert_array_equal, run.params, again.params)
     key, batch = jax.random.key(9), {"x": X, "y": Y}
     before, after = (p.loss_fn(w, batch, key) for w in (p.params, run.params))
-    assert after < 0.6 * before
+    assert after < 0.7 * before
     merged = p.merge(run.params, BATCHES)
     if adapt is from_nnx:
         outputs = merged(X)
@@ -128,7 +128,8 @@ def test_the_loss_is_a_pure_function_of_parameters_batch_and_key(adapt):
     step(p.params, BATCHES[1], other)  # moves no average, uses up no key
     jax.tree.map(np.testing.assert_array_equal, first, step(p.params, BATCHES[0], one))
     assert step(p.params, BATCHES[0], other)[0] != first[0]
-    eager = p.loss_fn(p.params, BATCHES[0], one)
+    raw = jax.random.key_data(one)  # a key of the older kind
+    eager = p.loss_fn(p.params, BATCHES[0], raw)
     np.testing.assert_allclose(eager, first[0], 1e-6)
 
 
@@ -209,6 +210,43 @@ def test_streams_of_random_numbers_differ_from_each_other():
 
     p = dbjax.from_nnx(Two(nnx.Rngs(0)), loss=lambda m, x: (m(x) ** 2).mean())
     assert p.loss_fn(p.params, jnp.ones(100), jax.random.key(0)) > 0.5
+
+
+def test_stacked_layers_keep_a_key_each():
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def stack(rngs):
+        return nnx.Dropout(0.5, rngs=rngs)
+
+    class Stacked(nnx.Module):
+        def __init__(self, rngs):
+            self.dropouts = stack(rngs)
+            self.scale = nnx.Param(jnp.ones(()))
+
+        def __call__(self, x):
+            outputs = nnx.vmap(lambda dropout, x: dropout(x), in_axes=(0, None))(
+                self.dropouts, x
+            )
+            return self.scale * outputs
+
+    p = dbjax.from_nnx(Stacked(nnx.Rngs(0)), loss=lambda m, x: (m(x).std(0)).mean())
+    assert jax.jit(p.loss_fn)(p.params, jnp.ones(100), jax.random.key(0)) > 0.5
+
+
+def test_other_state_is_carried_only_by_merge():
+    class Counting(nnx.Module):
+        def __init__(self):
+            self.scale = nnx.Param(jnp.ones(()))
+            self.calls = nnx.Variable(jnp.zeros((), int))
+
+        def __call__(self, x):
+            self.calls[...] += 1
+            return self.scale * x * self.calls[...]
+
+    p = dbjax.from_nnx(Counting(), loss=lambda m, x: m(x).sum())
+    assert p.loss_fn(p.params, X) == p.loss_fn(p.params, X)
+    assert p.merge(p.params).calls[...] == 0
+    assert p.merge(p.params, [X, X, X]).calls[...] == 3
 
 
 def test_a_shared_parameter_is_one_leaf_and_sums_its_gradients():
