@@ -163,8 +163,8 @@ def exchanged_bytes(sizes: Sequence[int], batch_size: int, partitions: int) -> i
 def softmax_cross_entropy(outputs: jax.Array, labels: jax.Array) -> jax.Array:
     """Give minus the log-probability of each label.
 
-    Only reductions over classes: where these are cut, outputs need not be gathered, as
-    looking up the label's output would.
+    It is made of reductions over classes, so that outputs which are cut there need not
+    be gathered, whatever a compiler does with the look-up of a label's output.
 
     Args:
       outputs: `[B, C]`, before softmax.
