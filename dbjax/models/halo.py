@@ -24,6 +24,16 @@ def partitions() -> int:
     return mesh.shape[AXIS]
 
 
+def others_cut() -> bool:
+    """Whether the mesh that is set may cut more than rows, such as examples."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(
+        size > 1
+        for name, size in mesh.shape.items()
+        if name != AXIS and name not in mesh.manual_axes
+    )
+
+
 def check_rows(what: str, rows: int, parts: int) -> None:
     """Raise unless rows can be cut evenly.
 

@@ -94,6 +94,25 @@ class Geometry:
         rows = self.patch * self.stride * channels
         return (*self.positions, rows, self.steps, maps)
 
+    def check_cut(self, parts: int) -> None:
+        """Raise unless rows below can be cut as those of positions are.
+
+        Args:
+          parts: over how many devices.
+
+        Raises:
+          ValueError: the rows do not divide, or there are not `s` below for each.
+        """
+        rows, expected = self.positions[0], self.patch - self.stride
+        halo.check_rows("a locally connected layer", rows, parts)
+        if self.below[0] != self.stride * rows or sum(self.padding[0]) != expected:
+            raise ValueError(
+                f"a locally connected layer of {rows} rows and stride {self.stride} "
+                f"can be cut over {parts} devices if its input has "
+                f"{self.stride * rows} rows and {expected} rows of padding; they are "
+                f"{self.below[0]} and {sum(self.padding[0])}"
+            )
+
 
 def locally_connected(
     inputs: Array,
@@ -157,6 +176,7 @@ def locally_connected(
     layer = functools.partial(connect, geometry=geometry, parts=parts)
     if parts == 1:
         return layer(inputs, kernel, bias)
+    geometry.check_cut(parts)
     cut = PartitionSpec(halo.AXIS)
     return jax.shard_map(
         layer,
@@ -199,24 +219,13 @@ def connect(
 
     Returns:
       `[R / parts, Q, B, D]`.
-
-    Raises:
-      ValueError: the rows cannot be cut.
     """
     (above, below), (left, right) = geometry.padding
     k, s, rows = geometry.patch, geometry.stride, geometry.positions[0]
-    halo.check_rows("a locally connected layer", rows, parts)
     if whole and parts > 1:
         here = rows // parts * s
         x = halo.window(x, above, below, here, here + k - s)
     else:
-        if parts > 1 and (geometry.below[0] != s * rows or above + below != k - s):
-            raise ValueError(
-                f"a locally connected layer of {rows} rows and stride {s} can be cut "
-                f"over {parts} devices if its input has {s * rows} rows and "
-                f"{k - s} rows of padding; they are {geometry.below[0]} and "
-                f"{above + below}"
-            )
         x = halo.extend(x, above, below, parts)
     # Columns in groups of s, of which the padding leaves out only whole ones.
     groups = geometry.positions[1] + geometry.steps - 1
@@ -350,9 +359,10 @@ def _join(parts: Iterable[jax.Array]) -> jax.Array:
 def _outer(slabs: jax.Array, dz: jax.Array) -> jax.Array:
     """The gradient of the weights, `[rows, groups, s * k * C, k / s * D]`."""
     batch = slabs.shape[3]
-    if batch > _FEW:
+    if batch > _FEW or halo.others_cut():
         return jnp.einsum("ruib,rubo->ruio", slabs, dz)
-    # One loop over the weights, written once; XLA spreads it over the cores.
+    # One loop over the weights, written once; XLA spreads it over the cores. It takes
+    # examples one by one, which devices that hold some each would have to exchange.
     return functools.reduce(
         jnp.add,
         (slabs[:, :, :, b, None] * dz[:, :, b, None, :] for b in range(batch)),

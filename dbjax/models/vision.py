@@ -103,6 +103,36 @@ class Sizes:
         """How many numbers the logistic units see."""
         return self.grids[-1] ** 2 * self.maps[-1]
 
+    def halo_bytes(self, batch_size: int, partitions: int) -> int:
+        """Give the bytes of borders that a device is sent in a step: loss and gradient.
+
+        Images lie whole on each device, so in the first stage the filtering is sent
+        nothing. In the backward pass each border's gradient goes the other way. Besides
+        these, devices gather the features, `4 * B * features` bytes, and sum up as much
+        in the backward pass; of the outputs only `B` losses are summed.
+
+        Args:
+          batch_size: `B`.
+          partitions: how many devices the network is cut over.
+
+        Returns:
+          The bytes, for float32.
+        """
+        total = 0
+        for i, (size, stride) in enumerate(self.pools):
+            grid, pooled, maps = self.grids[i], self.grids[i + 1], self.maps[i]
+            if i > 0:
+                above, below = self.geometries[i].padding[0]
+                row = 4 * batch_size * grid * self.maps[i - 1]
+                total += halo.halo_bytes(grid, above, below, partitions, row)
+            above = (size - stride) // 2
+            below = size - stride - above
+            row = 4 * batch_size * pooled * maps
+            total += halo.halo_bytes(grid, above, below, partitions, row)
+            reach, row = self.window // 2, 4 * batch_size * pooled
+            total += 2 * halo.halo_bytes(pooled, reach, reach, partitions, row)
+        return 2 * total
+
 
 PRESETS = {
     "80M": Sizes(),
@@ -159,7 +189,8 @@ def vision(
     linear, so the root of the pools is the non-linearity, as in Le et al. 2012.
 
     Partitioned over an axis "model", each device has rows of every stage, and some
-    classes; sent are the borders of rows, and the features, which all classes see.
+    classes; sent are the borders of rows, and the features, which all classes see
+    (`Sizes.halo_bytes`).
 
     Args:
       preset: where the sizes come from that are not given: "80M", "330M", "1.7B",
@@ -222,9 +253,8 @@ def one_vs_all(outputs: jax.Array, labels: jax.Array) -> jax.Array:
     Returns:
       `[B]`.
     """
-    classes = jax.lax.broadcasted_iota(labels.dtype, outputs.shape, 1)
-    wrong = jnp.where(classes == labels[:, None], -outputs, outputs)
-    return jnp.sum(jax.nn.softplus(wrong), axis=1)
+    own = jnp.arange(outputs.shape[-1]) == labels[:, None]
+    return jnp.sum(jax.nn.softplus(jnp.where(own, -outputs, outputs)), axis=-1)
 
 
 class Stage(nnx.Module):
@@ -284,7 +314,10 @@ class Vision(nnx.Module):
             )
         x = features(x, weights)
         if parts > 1:  # all classes see all features
-            x = jax.lax.with_sharding_constraint(x, PartitionSpec())
+            free = PartitionSpec.UNCONSTRAINED
+            x = jax.lax.with_sharding_constraint(
+                x, PartitionSpec(None, None, free, None)
+            )
         x = x.transpose(2, 0, 1, 3).reshape(images.shape[0], sizes.features)
         return x @ self.output.kernel[...] + self.output.bias[...]
 

@@ -1,0 +1,51 @@
+"""Partitioned layers and networks, in a process of its own that has eight devices."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from dbjax.models import halo
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.mark.multidevice
+def test_partitions_agree_and_send_exactly_the_borders():
+    script = pathlib.Path(__file__).with_name("partition_check.py")
+    environment = {
+        **os.environ,
+        "JAX_NUM_CPU_DEVICES": "8",
+        "NPROC": "64",  # a small pool of threads may deadlock in collectives
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(script)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.splitlines() == [
+        "network agrees",
+        "examples may be cut too",
+        "layers agree",
+        "errors say why",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "above", "below", "parts", "expected"),
+    [
+        (8, 1, 2, 1, 0),
+        (8, 1, 2, 2, 3),
+        (8, 9, 0, 8, 7),  # of nine rows above, two are beyond all images
+        (8, 4, 5, 8, 9),
+        (8, 5, 0, 2, 4),  # there is one device above, with four rows
+    ],
+)
+def test_halo_bytes(rows, above, below, parts, expected):
+    assert halo.halo_bytes(rows, above, below, parts, row_bytes=10) == 10 * expected
