@@ -49,15 +49,17 @@ def check_network():
     data = jax.device_get((images, jnp.arange(batch)))
     expected, program = run(jax.value_and_grad(model.loss), params, data)
     assert permuted_bytes(program) == sizes.halo_bytes(batch, 1) == 0
-    for parts in (2, 8):  # 4 are in the next check
+    for parts in (2, 8):  # 4 below
         mesh = make_mesh(model=parts)
         places = shardings(params, mesh, model.rules)
         with jax.set_mesh(mesh):
-            placed = jax.jit(model.init, out_shardings=places)(jax.random.key(0))
-            jax.block_until_ready(placed)
+            if parts == 8:
+                placed = jax.jit(model.init, out_shardings=places)(jax.random.key(0))
+                for a, b in zip(*map(jax.tree.leaves, (placed, params)), strict=True):
+                    np.testing.assert_array_equal(a, b)
+            else:
+                placed = jax.device_put(params, places)
             found, program = run(jax.value_and_grad(model.loss), placed, data)
-        for a, b in zip(jax.tree.leaves(placed), jax.tree.leaves(params), strict=True):
-            np.testing.assert_array_equal(a, b)
         assert_near(found, expected)
         assert permuted_bytes(program) == sizes.halo_bytes(batch, parts)
         # What is gathered are features, at most; outputs have 16 numbers an example.
@@ -66,19 +68,12 @@ def check_network():
         assert elements == [batch * sizes.features] * (parts > 1)
     print("network agrees")
 
-
-def check_examples_cut_too():
-    model, mesh = vision("small", **NETWORK), make_mesh(data=2, model=4)
-    params = jax.device_get(jax.jit(model.init)(jax.random.key(0)))
-    images = np.asarray(jax.random.normal(jax.random.key(1), (4, *model.input_shape)))
-    expected, _ = run(jax.grad(model.loss), params, (images, np.arange(4)))
+    mesh = make_mesh(data=2, model=4)
     with jax.set_mesh(mesh):
         params = jax.device_put(params, shardings(params, mesh, model.rules))
-        rows = NamedSharding(mesh, PartitionSpec("data"))
-        data = jax.device_put((images, np.arange(4)), rows)
-        found, program = run(jax.grad(model.loss), params, data)
+        data = jax.device_put(data, NamedSharding(mesh, PartitionSpec("data")))
+        found, program = run(jax.value_and_grad(model.loss), params, data)
     assert_near(found, expected)
-    sizes = dataclasses.replace(PRESETS["small"], **NETWORK)
     assert permuted_bytes(program) == sizes.halo_bytes(2, 4)
     print("examples may be cut too")
 
@@ -138,7 +133,6 @@ def check_errors():
 def main():
     assert jax.device_count() == 8
     check_network()
-    check_examples_cut_too()
     for rows, patch, stride, parts in (
         (8, 4, 1, 2),
         (8, 4, 2, 4),

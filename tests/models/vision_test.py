@@ -53,22 +53,16 @@ def test_the_loss_is_a_sum_of_binary_log_losses():
     np.testing.assert_allclose(extreme, [400.0])
 
 
-def test_gradients_neither_vanish_nor_explode():
-    model = vision("small")
-    params = jax.jit(model.init)(jax.random.key(0))
-    gradients = jax.jit(jax.grad(model.loss))(params, images(16, 16, seed=1))
-    sizes = [
-        float(jnp.sqrt(jnp.mean(stage["kernel"] ** 2)))
-        for stage in gradients["stages"].values()
-    ]
-    assert max(sizes) < 10 * min(sizes)
-
-
 def test_it_learns_from_generated_images():
     model = vision("small", classes=8)
     optimizer = dbjax.adagrad(0.02)
     params = jax.jit(model.init)(jax.random.key(0))
     state = optimizer.init(params)
+
+    # At first no stage's gradients vanish or explode beside another's.
+    first = jax.jit(jax.grad(model.loss))(params, images(32, 8, seed=1))
+    sizes = [float(jnp.std(stage["kernel"])) for stage in first["stages"].values()]
+    assert max(sizes) < 10 * min(sizes)
 
     @jax.jit
     def step(params, state, batch):
