@@ -306,7 +306,7 @@ class Exact:
             split = self.unpushed[slot] < len(self.shards)
             template = self.problem.split(whole) if split else whole
             self.accrued[slot] = unpack(f"accrued{slot}", template) if there else None
-        if self.problem.local_optimizer is not None:
+        if self.problem.local_init is not None:
             template = (whole, self.problem.call(0, self.problem.local_init, whole))
             self.local = {r: unpack(f"local{r}", template) for r in note["local"]}
         self.row = int(note["row"])

@@ -296,7 +296,8 @@ def digest(params: Params) -> int:
     value = 0
     for leaf in jax.tree.leaves(params):
         # Without a copy: a leaf may be large.
-        value = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), value)
+        flat = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
+        value = zlib.crc32(memoryview(flat), value)
     return value or 1
 
 

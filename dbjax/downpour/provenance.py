@@ -25,15 +25,7 @@ def describe_machine(problem: Problem) -> dict[str, Any]:
     shape = problem.batch_spec[1][0] if len(problem.batch_spec) > 1 else ()
     layout = problem.layout
     names = zip(layout.names, layout.shapes, layout.dtypes, strict=True)
-    partitions = {}
-    if (placement := problem.placement) is not None:
-        axes = placement.meshes[0].shape
-        partitions = {
-            "meshes": len(placement.meshes),
-            "mesh": {str(axis): int(size) for axis, size in axes.items()},
-            "fetch_bytes": placement.partition_bytes.tolist(),
-            "push_bytes": placement.owned_bytes.tolist(),
-        }
+    partitions = problem.placement.describe() if problem.placement else {}
     return partitions | {
         "shapes": {n: [list(shape), str(dtype)] for n, shape, dtype in names},
         "shard_sizes": list(layout.sizes),

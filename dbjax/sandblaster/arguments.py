@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from dbjax.data import checks
-from dbjax.mesh import Rules
+from dbjax.mesh import REPLICA, Rules
 from dbjax.runtime.emulated import Emulated
 from dbjax.runtime.threads import Threads
 from dbjax.sandblaster.batches import Batches
@@ -55,6 +55,13 @@ class Arguments(NamedTuple):
             "copies": self.copies,
         }
 
+    @property
+    def partitioned(self) -> bool:
+        """Whether replicas are on a mesh and vectors on shards, not on the mesh too."""
+        if self.mesh is None:
+            return False
+        return REPLICA in self.mesh.axis_names or isinstance(self.runtime, Threads)
+
     def desk(self, portions: int) -> Portions:
         """Make a desk that hands out portions of the batch."""
         return desk_for(
@@ -96,19 +103,16 @@ def check_arguments(**given: Any) -> Arguments:
         raise ValueError(f"tolerance={tolerance}: allowed are numbers from 0")
     if given["mesh"] is None and given["rules"] is not None:
         raise ValueError("rules are of a mesh: give mesh= as well")
-    if given["mesh"] is not None and given["shards"] > 1:
+    arguments = Arguments(**given)
+    if given["mesh"] is not None and given["shards"] > 1 and not arguments.partitioned:
         raise ValueError(
-            f"shards={given['shards']}: vectors lie on the mesh; leave shards at 1"
-        )
-    if given["mesh"] is not None and not isinstance(given["runtime"], Emulated):
-        raise ValueError(
-            "a mesh is one machine's, which all replicas share: several threads must "
-            "not use it at the same time; use the runtime Emulated()"
+            f"shards={given['shards']}: vectors lie on the mesh, which all replicas "
+            'share; leave shards at 1, or give the mesh an axis "replica"'
         )
     directory = given["checkpoint_dir"]
     if directory is not None:
-        given["checkpoint_dir"] = pathlib.Path(directory)
-    return Arguments(**given)
+        arguments = arguments._replace(checkpoint_dir=pathlib.Path(directory))
+    return arguments
 
 
 def _check_kinds(**given: Any) -> None:

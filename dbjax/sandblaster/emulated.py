@@ -84,7 +84,9 @@ class EmulatedReplicas:
             accrued = None
             for place in push.portions:
                 i = portions[place]
-                accrued, *losses[place] = problem.both(
+                accrued, *losses[place] = problem.call(
+                    0,
+                    problem.both,
                     accrued,
                     params,
                     problem.portion(i),
@@ -92,7 +94,6 @@ class EmulatedReplicas:
                     float(problem.examples[i]),
                     request.squares,
                 )
-                problem.settle(accrued)
             vectors.add(
                 group_of(request, push.portions[0]), accrued, push.replica, push.life,
                 push.id, shards,

@@ -229,6 +229,7 @@ class _Hand:
         self._life = self._batches = self._first_id = 0
         self._failed = -1  # the last life that ended with an error
         self._fetched: Published | None = None
+        self._params: Params | None = None
         self._finished: tuple[int, Gradients, list[Any]] | None = None
         self._accrued: Gradients | None = None
         self._prefetched: tuple[int, Batch] | None = None
@@ -264,7 +265,9 @@ class _Hand:
             row[_STATUS] = TAKEN
             problem = self._crew.problem
             examples = float(problem.examples[i])
-            self._accrued = problem.keep(self._accrued, gradients, examples)
+            self._accrued = problem.call(
+                self._replica, problem.keep, self._accrued, gradients, examples
+            )
             self._finished = None
         elif isinstance(order, Push):
             yield self._push(order)
@@ -281,7 +284,11 @@ class _Hand:
             return Finished(self._replica, order.life, order.task)
         start, i = recorder.now(), seen.portions[order.portion]
         batch = self._portion(i)
-        result = crew.problem.compute(seen.params, batch, i, seen.request.squares)
+        problem, squares = crew.problem, seen.request.squares
+        assert self._params is not None
+        result = problem.call(
+            self._replica, problem.compute, self._params, batch, i, squares
+        )
         if order.upcoming >= 0:  # while that is computed
             self._prefetch(seen.portions[order.upcoming])
         value, square, gradients = jax.block_until_ready(result)
@@ -297,7 +304,7 @@ class _Hand:
 
     def _prefetch(self, i: int) -> None:
         try:
-            self._prefetched = i, self._crew.problem.portion(i)
+            self._prefetched = i, self._crew.problem.portion(i, self._replica)
         except Exception:
             self._prefetched = None  # in its turn it will fail by itself
 
@@ -306,12 +313,13 @@ class _Hand:
         there, self._prefetched = self._prefetched, None
         if there is not None and there[0] == i:
             return there[1]
-        return self._crew.problem.portion(i)
+        return self._crew.problem.portion(i, self._replica)
 
     def _fetch(self) -> Published:
         crew, start = self._crew, self._crew.recorder.now()
         seen = self._fetched = crew.published
         assert seen is not None
+        self._params = crew.problem.here(seen.params, self._replica)
         for shard, version in enumerate(seen.base):
             crew.recorder.add(
                 FETCH, self._replica, start, shard, step=seen.first, version=version,

@@ -1,5 +1,6 @@
 """What is minimised, compiled once: a loss on portions, and sums of its gradients."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ from jax.sharding import Mesh
 
 from dbjax import mesh as mesh_lib
 from dbjax.loss import check_loss, make_loss
+from dbjax.runtime.launch import launch, turn
+from dbjax.server.placement import Placement
 from dbjax.typing import Batch, Gradients, LossFn, Params
 
 
@@ -39,8 +42,10 @@ class Problem:
       keep: `keep(accrued or None, gradients, examples) -> accrued`, a sum.
       both: `both(accrued or None, params, batch, portion, examples, squares) ->
         accrued, value, square`, one after the other as one program.
-      place: puts a batch where it is computed.
-      settle: waits for results, where several programs at the same time would not do.
+      places: `[k]` the devices of a replica each, which replicas share if there are
+        more of them; none where replicas have no devices of their own.
+      rules: how parameters lie on these.
+      placement: how parameters come there from shards.
     """
 
     data: PortionData
@@ -48,12 +53,32 @@ class Problem:
     compute: Callable[..., tuple[jax.Array, jax.Array, Gradients]]
     keep: Callable[..., Gradients]
     both: Callable[..., tuple[Gradients, jax.Array, jax.Array]]
-    place: Callable[[Batch], Batch]
-    settle: Callable[[Any], Any]
+    places: tuple[Mesh, ...] = ()
+    rules: mesh_lib.Rules | None = None
+    placement: Placement | None = None
 
-    def portion(self, i: int) -> Batch:
-        """Give a portion where it is computed."""
-        return self.place(self.data.portion(i))
+    def portion(self, i: int, on: int = 0) -> Batch:
+        """Give a portion where replica `on` computes."""
+        batch = self.data.portion(i)
+        if not self.places:
+            return batch
+        where = mesh_lib.batch_sharding(batch, self._mesh(on), self.rules)
+        return jax.tree.map(jax.device_put, batch, where)
+
+    def here(self, params: Params, on: int) -> Params:
+        """Give parameters that lie on replica 0's devices on those of replica `on`."""
+        if self.placement is None or on % len(self.places) == 0:
+            return params
+        return self.placement.merge(self.placement.split(params), on)
+
+    def call(self, on: int, program: Callable[..., Any], *args: Any) -> Any:
+        """Call a program on the devices of replica `on`."""
+        if not self.places:
+            return program(*args)
+        return launch(self._mesh(on), program, *args)
+
+    def _mesh(self, on: int) -> Mesh:
+        return self.places[on % len(self.places)]
 
 
 def make_problem(
@@ -66,6 +91,7 @@ def make_problem(
     seed: int = 0,
     mesh: Mesh | None = None,
     rules: mesh_lib.Rules | None = None,
+    placement: Placement | None = None,
 ) -> Problem:
     """Check what can be checked before a run.
 
@@ -76,8 +102,9 @@ def make_problem(
       rng: the key is one for each portion, and stays the same for all of the run.
       has_aux: whether the loss returns more than a value.
       seed: of the keys.
-      mesh: devices that each portion is spread over, if it is one.
+      mesh: devices that each portion is computed on, if it is one.
       rules: how parameters, and their gradients, lie on the mesh.
+      placement: instead of a mesh, where each replica has devices of its own.
 
     Returns:
       The problem.
@@ -98,14 +125,16 @@ def make_problem(
     if not sum(examples):
         raise ValueError("data holds no examples: the batch must not be empty")
 
-    def place(batch: Batch) -> Batch:
-        if mesh is None:
-            return batch
-        return jax.tree.map(jax.device_put, batch, mesh_lib.batch_sharding(batch, mesh))
-
-    shardings = None if mesh is None else mesh_lib.shardings(params, mesh, rules)
+    places: tuple[Mesh, ...] = () if mesh is None else (mesh,)
+    specs = None
+    if placement is not None:
+        places = placement.meshes
+    if places:
+        shardings = mesh_lib.shardings(params, places[0], rules)
+        specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
     options = {"rng": rng, "has_aux": has_aux, "seed": seed}
-    check_loss(loss_fn, params, place(data.portion(0)), finite=False, **options)
+    with turn(places[0]) if places else contextlib.nullcontext():
+        check_loss(loss_fn, params, data.portion(0), finite=False, **options)
     value_and_grad = jax.value_and_grad(make_loss(loss_fn, **options))
 
     def compute(params: Params, batch: Batch, portion: Any, squares: bool) -> Any:
@@ -135,17 +164,21 @@ def make_problem(
     return Problem(
         data=data,
         examples=examples,
-        compute=jax.jit(compute, static_argnums=3),
-        keep=jax.jit(keep, donate_argnums=0, out_shardings=shardings),
+        compute=jax.jit(
+            compute,
+            static_argnums=3,
+            out_shardings=None if specs is None else (None, None, specs),
+        ),
+        keep=jax.jit(keep, donate_argnums=0, out_shardings=specs),
         both=jax.jit(
             both,
             static_argnums=5,
             donate_argnums=0,
-            out_shardings=None if shardings is None else (shardings, None, None),
+            out_shardings=None if specs is None else (specs, None, None),
         ),
-        place=place,
-        # XLA's collectives on CPU may deadlock with two programs under way.
-        settle=(lambda x: x) if mesh is None else jax.block_until_ready,
+        places=places,
+        rules=rules,
+        placement=placement,
     )
 
 

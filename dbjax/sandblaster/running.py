@@ -21,6 +21,7 @@ from dbjax.sandblaster.portions import PortionsInfo
 from dbjax.sandblaster.problem import PortionData, Problem, make_problem
 from dbjax.sandblaster.run import Run, RunInfo
 from dbjax.server.layout import Layout
+from dbjax.server.placement import Placement
 from dbjax.trace import Trace
 from dbjax.typing import LossFn, Params
 
@@ -91,17 +92,28 @@ class Running:
         has_aux: bool = False,
     ) -> None:
         a = self.a = arguments
-        layout = self.layout = Layout.of(params, a.shards, a.split)
+        placement = None
+        if a.partitioned and a.mesh is not None:
+            placement = Placement.of(params, a.shards, a.mesh, a.rules, a.split)
+            layout = placement.layout
+        else:
+            layout = Layout.of(params, a.shards, a.split)
+        self.layout = layout
         # Our own copy, of its own dtype: NumPy memory may change under us.
         params = jax.tree.map(lambda x: jnp.array(x, jnp.result_type(x)), params)
         options = {"rng": rng, "has_aux": has_aux, "seed": a.seed}
-        if a.mesh is None:
+        mesh = None
+        if placement is not None:
+            self.vectors = vectors.on_partitions(placement)
+        elif a.mesh is None:
             self.vectors = vectors.on_shards(layout)
         else:
+            mesh = a.mesh
             params = mesh_lib.shard_params(params, a.mesh, a.rules)
             self.vectors = vectors.on_mesh(params)
         self.problem = make_problem(
-            loss_fn, params, data, mesh=a.mesh, rules=a.rules, **options
+            *(loss_fn, params, data),
+            **{"mesh": mesh, "rules": a.rules, "placement": placement, **options},
         )
         portions = len(self.problem.examples)
         a.batches.check(portions)
@@ -172,9 +184,22 @@ class Running:
         """Let the user's function see the newest parameters."""
         row = self.rows[-1]
         if self.a.eval_fn is not None:
-            params = self.vectors.get("x")
+            params = self._whole()
             scalars = self.a.eval_fn(params, row["step"], row["time"])
             row |= {name: float(value) for name, value in scalars.items()}
+
+    def _whole(self) -> Params:
+        """The newest parameters, for a user's functions.
+
+        On CPU they are on one device: programs on several, of which a user might launch
+        many without waiting, could hang there.
+        """
+        params, places = self.vectors.get("x"), self.problem.places
+        if not places or places[0].devices.flat[0].platform != "cpu":
+            return params
+        return jax.tree.map(
+            lambda leaf: jax.device_put(leaf, places[0].devices.flat[0]), params
+        )
 
     def _restore(self) -> tuple[CoordinatorState, Sequence[Request]] | None:
         return None if self.a.checkpoint_dir is None else saving.restore(self)
@@ -184,12 +209,14 @@ class Running:
         if self.rows and self.rows[-1]["step"] % self.a.eval_every:
             self._evaluate()
         replicas, method = self.replicas, state.method
+        placement = self.problem.placement
         header = {
             **self.a.describe(),
             "portions": len(self.problem.examples),
             "runtime": type(self.a.runtime).__name__,
             "status": str(state.status),
             **_describe_machine(self.layout),
+            **(placement.describe() if placement else {}),
         }
         trace = Trace.from_columns(header, self.rows, **replicas.columns())
         counts = ("skipped", "damped", "restarts")
@@ -203,7 +230,7 @@ class Running:
             resumed_at=self.resumed_at,
         )
         return Run(
-            params=self.vectors.get("x"),
+            params=self._whole() if placement else self.vectors.get("x"),
             value=state.batch,
             status=state.status,
             iterations=state.iterations,

@@ -33,6 +33,7 @@ from dbjax.sandblaster.messages import (
 )
 from dbjax.sandblaster.vector_shard import Command, Kernels, Reply, VectorsState
 from dbjax.server.layout import Layout
+from dbjax.server.placement import Placement
 from dbjax.typing import Params
 
 
@@ -190,6 +191,18 @@ def on_shards(layout: Layout) -> Vectors:
       `Vectors` whose inner products are the sum of the shards' replies.
     """
     return _held(lambda tree: layout.split(_own(tree)), layout.merge, layout.shards)
+
+
+def on_partitions(placement: Placement) -> Vectors:
+    """Cut vectors over shards whose edges are those of replicas' partitions.
+
+    Args:
+      placement: how a tree like the parameters lies on both.
+
+    Returns:
+      `Vectors` that come as whole trees on replica 0's devices.
+    """
+    return _held(placement.split, placement.merge, placement.layout.shards)
 
 
 def on_mesh(params: Params) -> Vectors:

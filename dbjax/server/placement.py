@@ -93,6 +93,16 @@ class Placement:
         layout = dataclasses.replace(plain, boxes=boxes)
         return cls(layout, meshes, shardings, pieces, owners, homes)
 
+    def describe(self) -> dict[str, Any]:
+        """What a Trace's header says of it, JSON-able."""
+        axes = self.meshes[0].shape
+        return {
+            "meshes": len(self.meshes),
+            "mesh": {str(axis): int(size) for axis, size in axes.items()},
+            "fetch_bytes": self.partition_bytes.tolist(),
+            "push_bytes": self.owned_bytes.tolist(),
+        }
+
     def mesh(self, replica: int) -> Mesh:
         """A replica's own devices; replicas beyond the meshes there are share them."""
         return self.meshes[replica % len(self.meshes)]

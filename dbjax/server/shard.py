@@ -108,9 +108,11 @@ def make_shard(
             params=params, optimizer_state=optimizer_state, version=version
         ), Pushed(version)
 
-    return Shard(
-        lambda params: ShardState(params, jax.jit(optimizer.init)(params)), handle
-    )
+    def init(params: Params) -> ShardState:
+        # Unused or not, the parameters say on which device the state is to be.
+        return ShardState(params, jax.jit(optimizer.init, keep_unused=True)(params))
+
+    return Shard(init, handle)
 
 
 def check_provide(provide: tuple[str, ...]) -> None:

@@ -110,6 +110,26 @@ def lost(trace: "Trace") -> dict[str, int]:
     }
 
 
+def partition_bytes(trace: "Trace") -> np.ndarray:
+    """Bytes that partitions and shards exchanged, int64 `[partitions, shards]`.
+
+    A fetch brings each partition what it holds of a shard; a push takes from it what it
+    owns there. What crosses shards that a partition holds nothing of is 0.
+    """
+    header = trace.header
+    shards = header["shards"]
+    if "fetch_bytes" not in header:  # a replica is one partition
+        sent = trace.shard >= 0
+        total = np.bincount(trace.shard[sent], trace.bytes[sent], shards)
+        return total[None].astype(np.int64)
+    counts = {
+        kind: np.bincount(trace.shard[trace.kind == kind], minlength=shards)
+        for kind in (columns.FETCH, columns.PUSH)
+    }
+    fetched = np.array(header["fetch_bytes"], np.int64) * counts[columns.FETCH]
+    return fetched + np.array(header["push_bytes"], np.int64) * counts[columns.PUSH]
+
+
 def summary(trace: "Trace") -> dict[str, Any]:
     """The figures of a run in one JSON-able dict."""
     stale = staleness(trace)

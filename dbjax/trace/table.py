@@ -304,6 +304,13 @@ class Trace:
         """Examples seen by each replica, `[replicas]`; needs `header["batch_size"]`."""
         return statistics.samples(self)
 
+    def partition_bytes(self) -> np.ndarray:
+        """Bytes exchanged by each partition with each shard, `[partitions, shards]`.
+
+        Over all replicas and the whole run. One row where replicas have no partitions.
+        """
+        return statistics.partition_bytes(self)
+
     def lost(self) -> dict[str, int]:
         """Counts `gradients` lost in failures, and pushes `not_finite`, `dropped`."""
         return statistics.lost(self)
