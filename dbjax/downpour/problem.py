@@ -297,7 +297,7 @@ def digest(params: Params) -> int:
     for leaf in jax.tree.leaves(params):
         # Without a copy: a leaf may be large.
         flat = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
-        value = zlib.crc32(memoryview(flat), value)
+        value = zlib.crc32(flat, value)  # pyrefly: ignore[bad-argument-type]
     return value or 1
 
 

@@ -164,8 +164,6 @@ def compile_once(monkeypatch):
         key = loss_fn, *sorted(keywords.items()), jax.config.jax_enable_x64
         made = make_problem(loss_fn, params, data, **keywords)
         kept = _made.setdefault(key, made)
-        return dataclasses.replace(
-            kept, data=data, examples=made.examples, place=made.place
-        )
+        return dataclasses.replace(kept, data=data, examples=made.examples)
 
     monkeypatch.setattr(running, "make_problem", shared)
