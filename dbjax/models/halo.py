@@ -3,7 +3,7 @@
 Layers here have activations `[rows, cols, B, C]`. Cut over `n` devices, each holds
 `rows / n` successive rows, and a window that reaches further needs rows of the device
 above or below: a halo. Exactly those rows are sent, to whom they are needed by; in the
-backward pass their gradients go the same way back (the paper, section 2).
+backward pass their gradients go the same way back (the paper, section 3).
 """
 
 import jax

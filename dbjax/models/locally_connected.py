@@ -1,4 +1,4 @@
-"""Locally connected layers: every position has weights of its own (the paper, 3.1).
+"""Locally connected layers: every position has weights of its own (section 5).
 
 A node sees a patch of the layer below, as in a convolution, but no weights are shared.
 Letters: `H x W` positions below and `C` maps there, `R x Q` positions of the layer and
@@ -8,8 +8,9 @@ Gathering patches is what makes such layers slow, so weights are stored by what 
 read: next to each other lie those of all nodes that see a column of the layer below.
 One matrix product a column takes `k` rows of it to the `k / s` positions that see it,
 and shifted sums bring these together. Patches overlap in rows only, so `k / s` copies
-of the input exist at once, not `(k / s)^2`; weights are read in the order they lie,
-and never copied.
+of the input and of the output exist at once, not `(k / s)^2`. Weights are read in the
+order they lie, and not copied, save those of columns that both ends share; with padding
+"SAME" there are none.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from dbjax.typing import Array
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
-# With more examples, Eigen's matrix products beat sums of outer products.
+# With more examples, matrix products beat sums of outer products.
 _FEW = 32
 
 
@@ -142,7 +143,7 @@ def locally_connected(
         none, or "SAME" for `k - s` of them, `(k - s) // 2` above and left.
 
     Returns:
-      `[R, Q, B, D]`.
+      `[R, Q, B, D]`. It has first derivatives in reverse mode only.
 
     Raises:
       ValueError: the input is smaller than the patch, the kernel or the bias do not

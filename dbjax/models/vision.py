@@ -60,7 +60,7 @@ class Sizes:
     classes: int = 21_000
 
     def __post_init__(self) -> None:
-        for name in ("image", "channels", "patch", "grid", "classes"):
+        for name in ("image", "channels", "patch", "grid", "window", "classes"):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"vision: {name}={getattr(self, name)}: allowed are numbers from 1"
@@ -71,6 +71,14 @@ class Sizes:
             raise ValueError(
                 f"vision: maps={self.maps} has {len(self.maps)} stages, "
                 f"pools={self.pools} has {len(self.pools)}"
+            )
+        if self.window % 2 == 0:
+            raise ValueError(f"vision: window={self.window}: allowed are odd numbers")
+        least = self.image - self.patch + 1
+        if least >= 1 and not least <= self.grid < self.image + self.patch:
+            raise ValueError(
+                f"vision: grid={self.grid}: patches of {self.patch} in images of "
+                f"{self.image} have {least} to {self.image + self.patch - 1} positions"
             )
         try:
             for geometry, (size, stride) in zip(
@@ -269,8 +277,8 @@ class Stage(nnx.Module):
 class Output(nnx.Module):
     """The weights of the logistic units.
 
-    All start close to the prior, 1 of C classes: else the first steps would do nothing
-    but to lower `C` biases.
+    All start close to the prior, 1 of `C` classes, and to each other: else the first
+    steps would do nothing but to lower `C` biases.
     """
 
     def __init__(self, features: int, classes: int, key: jax.Array):

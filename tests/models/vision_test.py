@@ -86,7 +86,9 @@ def test_it_learns_from_generated_images():
     [
         ({"preset": "2B"}, "'2B': allowed are '80M', '330M', '1.7B', 'small'"),
         ({"image": 9, "grid": 9}, "9x9 is smaller than the patch, 10x10"),
-        ({"grid": 24}, "padding="),  # the image is cropped
+        ({"grid": 88}, "grid=88: patches of 10 in images of 100 have 91 to 109"),
+        ({"image": 32}, "grid=96: patches of 10 in images of 32 have 23 to 41"),
+        ({"window": 4}, "window=4: allowed are odd"),
         ({"pools": ((8, 8), (2, 2), (1, 1))}, "12x12|6x6 is smaller than the patch"),
         ({"maps": (8, 0, 8)}, "maps=.*allowed are numbers from 1"),
         ({"classes": 0}, "classes=0: allowed are numbers from 1"),
