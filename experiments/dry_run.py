@@ -1,7 +1,8 @@
 """`--dry_run`: what a run would need, without running it or writing a file."""
 
+import os
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -10,8 +11,10 @@ import rich.console
 import rich.filesize
 import rich.table
 
-from experiments import plots, train, workloads
-from experiments.methods import Plan, minibatches
+from dbjax import mesh as mesh_lib
+from dbjax.mesh.memory import Memory
+from experiments import meshes, plots, registry, train, workloads
+from experiments.methods import Plan
 
 _LEAST_SECONDS = 0.5  # of timed work
 
@@ -26,6 +29,7 @@ class Need(NamedTuple):
       checkpoint: bytes of one checkpoint; two are kept.
       seconds: estimated time to compute, here.
       clock: seconds on the run's own clock; None where that is the time to compute.
+      each: what each of the devices of one copy holds, where there are several.
     """
 
     parameters: int
@@ -34,6 +38,7 @@ class Need(NamedTuple):
     checkpoint: int
     seconds: float
     clock: float | None
+    each: Memory | None
 
     @property
     def memory(self) -> int:
@@ -42,23 +47,33 @@ class Need(NamedTuple):
 
 
 def show(
-    config: ml_collections.ConfigDict, console: rich.console.Console | None = None
+    config: ml_collections.ConfigDict,
+    console: rich.console.Console | None = None,
+    *,
+    budget: int | None = None,
 ) -> dict[str, Need]:
     """Print what each method of the config would need.
 
     Args:
       config: as the files in `configs/` give it.
       console: where to print; the terminal, if not given.
+      budget: bytes there are, on each device, or for all if they share a machine's
+        memory as those of a CPU do; by default, what there is here.
 
     Returns:
       The needs by method.
 
     Raises:
-      registry.ConfigError: if the config asks for what does not exist.
+      registry.ConfigError: if the config asks for what does not exist, or for more
+        memory than there is. Nothing of that size was allocated then.
     """
     console = console or rich.console.Console()
     workload, plans = train.prepare(config)
     console.print(workload.describe(), highlight=False, soft_wrap=True)
+    if mesh := meshes.make(config):
+        console.print(meshes.describe(mesh), highlight=False, soft_wrap=True)
+    for name, plan in plans.items():
+        check(name, plan, workload, config, _there() if budget is None else budget)
     table = rich.table.Table(box=rich.box.SIMPLE)
     table.add_column("method", no_wrap=True)
     for column in ("memory", "disk", "time here", "run's clock"):
@@ -71,7 +86,14 @@ def show(
             f"{name}: {need.copies} copies of {_size(need.parameters)} of parameters"
             f"{state}",
             highlight=False,
+            soft_wrap=True,
         )
+        if plan.mesh is not None:
+            console.print(
+                f"{name}, each of {plan.mesh.size} devices of a replica: {need.each}",
+                highlight=False,
+                soft_wrap=True,
+            )
         table.add_row(
             plots.short(name),
             _size(need.memory),
@@ -80,8 +102,40 @@ def show(
             "as here" if need.clock is None else f"{need.clock:,.1f} s",
         )
     console.print(table)
-    console.print("Memory is on top of Python and JAX. Nothing was run or written.")
+    console.print(
+        "Memory is on top of Python, JAX and a minibatch's activations. Nothing was "
+        "run or written.",
+        soft_wrap=True,
+    )
     return needs
+
+
+def check(
+    name: str,
+    plan: Plan,
+    workload: workloads.Workload,
+    config: ml_collections.ConfigDict,
+    budget: int,
+) -> None:
+    """Raise if a method's parameters and all that goes with them do not fit.
+
+    Args:
+      name: of the method.
+      plan: the method's.
+      workload: what is trained.
+      config: of the run.
+      budget: see `show`.
+
+    Raises:
+      registry.ConfigError: they do not; the message says what would.
+    """
+    # Devices of a CPU share its memory: together they need what one would.
+    mesh = None if jax.default_backend() == "cpu" else plan.mesh
+    shapes = jax.eval_shape(workload.init, config.seed)
+    try:
+        mesh_lib.check_memory(budget, shapes, mesh, workload.rules, **_kept(plan))
+    except ValueError as error:
+        raise registry.ConfigError(f"{name}: {error}") from error
 
 
 def estimate(
@@ -97,16 +151,33 @@ def estimate(
     Returns:
       The need.
     """
-    parameters = minibatches.num_bytes(jax.eval_shape(workload.init, config.seed))
-    compiling, each, evaluation = _stopwatch(plan, workload, config.seed)
+    shapes, each = jax.eval_shape(workload.init, config.seed), None
+    whole = mesh_lib.estimate_memory(shapes, **_kept(plan))
+    if plan.mesh is not None:
+        each = mesh_lib.estimate_memory(
+            shapes, plan.mesh, workload.rules, **_kept(plan)
+        )
+    compiling, step, evaluation = _stopwatch(plan, workload, config.seed)
     return Need(
-        parameters=parameters,
+        parameters=whole.parameters,
         copies=plan.copies,
-        optimizer=plan.state,
-        checkpoint=parameters * plan.saved + plan.state,
-        seconds=compiling + each * plan.count + evaluation * plan.evaluations,
+        optimizer=whole.optimizer,
+        checkpoint=whole.parameters * plan.saved + whole.optimizer,
+        seconds=compiling + step * plan.count + evaluation * plan.evaluations,
         clock=plan.clock() if config.runtime == "emulated" else None,
+        each=each,
     )
+
+
+def _kept(plan: Plan) -> dict[str, Any]:
+    """What is kept beside one copy of the parameters and one of a gradient."""
+    return {"optimizer": plan.optimizer, "versions": plan.copies - 2}
+
+
+def _there() -> int:
+    """Bytes of a device's memory, or of this machine's, which is a CPU's."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _stopwatch(

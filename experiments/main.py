@@ -14,7 +14,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import dry_run, registry, train
+from experiments import dry_run, meshes, registry, train
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The run, a file in configs/.", lock_config=True
@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> None:
     if flags.FLAGS.verbosity == logging.INFO:  # absl's default; orbax says a lot then
         logging.set_verbosity(logging.WARNING)
     try:
+        meshes.make_devices(config)
         if _DRY_RUN.value or not workdir:
             dry_run.show(config)
         else:

@@ -216,3 +216,93 @@ class MarkovFrames:
             "frames": frames.reshape(count, -1),
             "state": states[:, self.window // 2].astype(np.int32),
         }
+
+
+class PaintedShapes:
+    """Colour images of one thing each: its outline and its paint say what it is.
+
+    A class has an outline, a circle with `lobes` waves, and two colours, in stripes of
+    some direction and width. An image shows one at any place near its middle, in any
+    size of a range, with the stripes anywhere, on a ground of any colour, and noise on
+    all of it. So no pixel says anything of the class by itself.
+
+    Args:
+      batch_size: `B`.
+      classes: how many there are.
+      seed: seeds the classes and their stream.
+      size: of the images, in pixels on a side.
+      shift: how far a thing may be from the middle along each axis; half a side is 1.
+      noise: standard deviation of what is added; colours are from -1 to 1.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        *,
+        classes: int = 64,
+        seed: int = 0,
+        size: int = 100,
+        shift: float = 0.15,
+        noise: float = 0.5,
+    ):
+        """Draw the classes."""
+        if batch_size < 1 or classes < 2 or size < 2:
+            raise ValueError(
+                f"batch_size is {batch_size}, classes is {classes} and size is {size}; "
+                "a stream needs 1 or more examples in a batch, 2 or more classes and "
+                "2 or more pixels on a side."
+            )
+        self.batch_size, self.classes, self.seed = batch_size, classes, seed
+        self.size, self._shift, self._noise = size, shift, np.float32(noise)
+        source = _generator(seed, _SOURCE)
+        self._lobes = source.integers(2, 6, classes).astype(np.float32)
+        self._depth = source.uniform(0.1, 0.4, classes).astype(np.float32)
+        self._turn = source.uniform(0, 2 * np.pi, classes).astype(np.float32)
+        angle = source.uniform(0, np.pi, classes)
+        frequency = source.uniform(np.pi, 3 * np.pi, classes)  # over half a side
+        stripes = frequency * np.exp(1j * angle)
+        self._stripes = np.stack([stripes.imag, stripes.real]).astype(np.float32)
+        self._colours = source.uniform(-1, 1, (2, classes, 3)).astype(np.float32)
+
+    def batch(self, replica: int, step: int) -> dict[str, np.ndarray]:
+        """Give one minibatch: `image` `[B, size, size, 3]` and `label` `[B]`."""
+        chance = _generator(self.seed, _TRAIN, replica, step)
+        return self._paint(chance, self.batch_size)
+
+    def held_out(self, count: int) -> dict[str, np.ndarray]:
+        """Give `count` images that no replica ever trains on."""
+        return self._paint(_generator(self.seed, _HELD_OUT), count)
+
+    def _paint(self, chance: np.random.Generator, count: int) -> dict[str, np.ndarray]:
+        label = chance.integers(self.classes, size=count)
+        down, right = self._draw(chance, count, -self._shift, self._shift, 2)
+        radius, phase = (
+            self._draw(chance, count, low, high)[0]
+            for low, high in ((0.6, 0.85), (0, 2 * np.pi))
+        )
+        ground = chance.uniform(-1, 1, (count, 1, 1, 3)).astype(np.float32)
+
+        def of_class(values: np.ndarray) -> np.ndarray:
+            return values[label][:, None, None]
+
+        y, x = np.indices((self.size,) * 2, np.float32) * (2 / (self.size - 1)) - 1
+        y, x = y - down, x - right
+        waves = np.cos(of_class(self._lobes) * np.arctan2(y, x) + of_class(self._turn))
+        outline = radius * (1 + of_class(self._depth) * waves)
+        # 1 inside, 0 outside, and a pixel wide between.
+        inside = np.clip((outline - np.hypot(y, x)) * (self.size / 2) + 0.5, 0, 1)
+        fy, fx = map(of_class, self._stripes)
+        stripe = 0.5 + 0.5 * np.sin(fy * y + fx * x + phase)
+        one, other = (colours[label][:, None, None] for colours in self._colours)
+        paint = one + stripe[..., None] * (other - one)
+        image = ground + inside[..., None] * (paint - ground)
+        noise = chance.standard_normal(image.shape, dtype=np.float32)
+        image += self._noise * noise
+        return {"image": image, "label": label.astype(np.int32)}
+
+    @staticmethod
+    def _draw(
+        chance: np.random.Generator, count: int, low: float, high: float, many: int = 1
+    ) -> np.ndarray:
+        """Draw uniform numbers `[many, count, 1, 1]`."""
+        return chance.uniform(low, high, (many, count, 1, 1)).astype(np.float32)

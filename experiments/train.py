@@ -21,7 +21,14 @@ import rich.table
 
 from dbjax import checkpoint
 from dbjax.trace import Trace
-from experiments import metrics, plots, plots_sandblaster, registry, workloads
+from experiments import (
+    meshes,
+    metrics,
+    plots,
+    plots_sandblaster,
+    registry,
+    workloads,
+)
 from experiments.methods import METHODS, Plan, Session
 
 
@@ -62,6 +69,8 @@ def train_and_evaluate(
     workload, plans = prepare(config)
     claim(workdir, config)
     console.print(workload.describe(), highlight=False, soft_wrap=True)
+    if mesh := meshes.make(config):
+        console.print(meshes.describe(mesh), highlight=False, soft_wrap=True)
     outcomes: dict[str, Outcome] = {}
     figures: list[pathlib.Path] = []
     try:
@@ -78,6 +87,9 @@ def train_and_evaluate(
             traces = {name: outcome.trace for name, outcome in outcomes.items()}
             figures = plots.draw(traces, workdir, title=workload.name)
             figures += plots_sandblaster.draw(traces, workdir, title=workload.name)
+    for name in outcomes:
+        if (costs := workdir / name / "partitions.txt").exists():
+            console.print(f"{name}, {costs.read_text()}", highlight=False)
     console.print(report(outcomes))
     console.print(f"Figures in {workdir}: {', '.join(file.name for file in figures)}")
     return outcomes
@@ -229,6 +241,8 @@ def _run(
         "info": _plain(run.info),
     }
     run.trace.save(folder / "trace.npz")
+    if text := meshes.report(config, workload, run.trace):
+        metrics.replace(folder / "partitions.txt", text + "\n")
     # Last, as it is what says that the method has finished.
     metrics.replace(folder / "result.json", json.dumps(result, indent=2) + "\n")
     return Outcome(run.trace, result)

@@ -276,11 +276,62 @@ def speech(
     )
 
 
+def vision(
+    *,
+    seed: int,
+    batch_size: int = 32,
+    size: str = "small",
+    classes: int | None = None,
+    shift: float = 0.15,
+    noise: float = 0.5,
+    test_size: int = 1_000,
+) -> Workload:
+    """The paper's network for images, which can be partitioned, on painted shapes.
+
+    Args:
+      seed: seeds the classes and their stream.
+      batch_size: examples in a minibatch.
+      size: of the network and the images, as for `dbjax.models.vision`: "80M", "330M"
+        and "1.7B" see images of 100 x 100, "small" of 18 x 18.
+      classes: how many; those of the size, if not given.
+      shift: as for `streams.PaintedShapes`.
+      noise: likewise.
+      test_size: images in the test.
+
+    Returns:
+      The workload.
+    """
+    model = dbjax.models.vision(size, classes=classes)
+    side = model.input_shape[0]
+    data = streams.PaintedShapes(
+        *(batch_size,), classes=model.classes, seed=seed, size=side, shift=shift,
+        noise=noise,
+    )  # fmt: skip
+
+    def scores(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        outputs = model.apply(params, batch["image"])
+        losses = model.losses(outputs, batch["label"])
+        return losses, outputs.argmax(-1) == batch["label"]
+
+    return Workload(
+        "vision",
+        f"a generated stream of {side} x {side} images of {model.classes:,} painted "
+        f"shapes, network {size!r}",
+        lambda seed: model.init(jax.random.key(seed)),
+        model.loss,
+        data,
+        batch_size,
+        _evaluation(scores, model.loss, test=data.held_out(test_size)),
+        rules=model.rules,
+    )
+
+
 WORKLOADS: Mapping[str, Callable[..., Workload]] = {
     "digits": digits,
     "breast_cancer": breast_cancer,
     "speech_frames": speech_frames,
     "speech": speech,
+    "vision": vision,
 }
 
 

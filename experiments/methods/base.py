@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ml_collections
+import optax
+from jax.sharding import Mesh
 
 from dbjax.typing import EvalFn
 from experiments.workloads import Workload
@@ -30,24 +32,26 @@ class Plan(NamedTuple):
       steps: of the run, as its evaluations count them.
       evaluations: how often `Session.evaluate` would be called.
       copies: of the parameters, held at once at most.
-      state: bytes of optimizer state beside them.
+      optimizer: whose state is held beside them; None if there is none.
       saved: copies in a checkpoint, which holds the optimizer state too.
       work: `work()` gives `do(i)`, the computing of one minibatch, or of one portion;
         it returns when that is done.
       count: how often `do` would be called.
       clock: `clock()` emulates the run without its training; seconds.
       batch_size: examples in a step, where all steps have as many; else None.
+      mesh: the devices that one copy of the parameters lies on, where it is not one.
     """
 
     steps: int
     evaluations: int
     copies: int
-    state: int
+    optimizer: optax.GradientTransformation | None
     saved: int
     work: Callable[[], Callable[[int], None]]
     count: int
     clock: Callable[[], float]
     batch_size: int | None = None
+    mesh: Mesh | None = None
 
 
 class Method(NamedTuple):

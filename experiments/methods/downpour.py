@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import jax
 import ml_collections
 
 import dbjax
 from dbjax.downpour.run import Run
+from dbjax.server.placement import Placement
 from dbjax.trace import Trace
-from experiments import runtimes
+from experiments import meshes, runtimes
 from experiments.methods import minibatches
 from experiments.methods.base import Plan, Session
 from experiments.workloads import Workload
@@ -21,6 +23,9 @@ def plan(config: ml_collections.ConfigDict, workload: Workload) -> Plan:
     minibatches.check_shards("downpour", options.shards, workload)
     machines = runtimes.make_cluster(config)
     runtimes.make_runtime(config, machines)
+    if mesh := meshes.of_a_replica(config):  # raises where rules or shards do not fit
+        shapes = jax.eval_shape(workload.init, config.seed)
+        Placement.of(shapes, options.shards, mesh, workload.rules)
     accrual = options.n_push > 1 or options.n_fetch > 1
 
     def simulate(steps: int) -> Trace:
@@ -32,6 +37,7 @@ def plan(config: ml_collections.ConfigDict, workload: Workload) -> Plan:
         optimizer=runtimes.make_optimizer("downpour", options),
         copies=(2 if accrual else 1) * options.replicas + 4,
         simulate=simulate,
+        mesh=mesh,
     )
 
 
@@ -44,6 +50,7 @@ def run(config: ml_collections.ConfigDict, workload: Workload, session: Session)
         optimizer=runtimes.make_optimizer("downpour", config.downpour),
         runtime=runtimes.make_runtime(config, runtimes.make_cluster(config)),
         **_order(config),
+        **meshes.arguments(config, workload),
     )
 
 

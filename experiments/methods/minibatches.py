@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import ml_collections
 import optax
+from jax.sharding import Mesh
 
 import dbjax
 from dbjax.downpour.run import Run
+from dbjax.runtime.launch import launch
 from dbjax.trace import Trace
 from dbjax.typing import Batch, Params
-from experiments import registry
+from experiments import meshes, registry
 from experiments.methods.base import Plan, Session
 from experiments.workloads import Workload
 
@@ -25,6 +27,7 @@ def plan(
     optimizer: optax.GradientTransformation,
     copies: int,
     simulate: Callable[[int], Trace],
+    mesh: Mesh | None = None,
 ) -> Plan:
     """Say what `config.steps` minibatches would take.
 
@@ -34,6 +37,7 @@ def plan(
       optimizer: the rule that is run.
       copies: of the parameters, held at once at most.
       simulate: `simulate(steps) -> trace`, the order of the run without its training.
+      mesh: the devices that one copy of the parameters lies on, where it is not one.
 
     Returns:
       The plan.
@@ -42,18 +46,18 @@ def plan(
       ValueError: the order cannot be: replicas, shards, n_push, ...
     """
     simulate(1)
-    shapes = jax.eval_shape(workload.init, config.seed)
     return Plan(
         steps=config.steps,
         evaluations=config.steps // config.eval_every + 1,
         copies=copies,
-        state=num_bytes(jax.eval_shape(optimizer.init, shapes)),
+        optimizer=optimizer,
         # A checkpoint between two fetches holds what the replicas compute on, too.
         saved=copies,
-        work=functools.partial(_work, optimizer, workload, config.seed),
+        work=functools.partial(_work, optimizer, workload, config.seed, mesh),
         count=config.steps,
         clock=lambda: simulate(config.steps).duration(),
         batch_size=workload.batch_size,
+        mesh=mesh,
     )
 
 
@@ -74,9 +78,11 @@ def train(
     Returns:
       The run.
     """
+    init = functools.partial(workload.init, config.seed)
     return dbjax.downpour.train(
         workload.loss,
-        workload.init(config.seed),
+        # On a mesh they are made where they belong, never whole on one device.
+        init if "mesh" in options else init(),
         workload.data,
         steps=config.steps,
         eval_fn=session.evaluate,
@@ -113,7 +119,10 @@ def num_bytes(tree: Any) -> int:
 
 
 def _work(
-    optimizer: optax.GradientTransformation, workload: Workload, seed: int
+    optimizer: optax.GradientTransformation,
+    workload: Workload,
+    seed: int,
+    mesh: Mesh | None,
 ) -> Callable[[int], None]:
     """Give the plain loop's step: batch, gradient and update."""
 
@@ -123,12 +132,18 @@ def _work(
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    params = workload.init(seed)
-    carry = params, optimizer.init(params)
+    init, call = functools.partial(workload.init, seed), lambda f, *args: f(*args)
+    if mesh is not None:
+        where = meshes.shardings(workload, mesh, seed)
+        init, call = jax.jit(init, out_shardings=where), functools.partial(launch, mesh)
+    params = call(init)
+    carry = params, call(jax.jit(optimizer.init), params)
 
     def do(i: int) -> None:
         nonlocal carry
-        carry = update(*carry, workload.data.batch(0, i))
-        jax.block_until_ready(carry)
+        batch = workload.data.batch(0, i)
+        if mesh is not None:
+            batch = meshes.place_batch(batch, mesh, workload)
+        carry = jax.block_until_ready(call(update, *carry, batch))
 
     return do

@@ -19,7 +19,7 @@ from dbjax.data import ArrayData
 from dbjax.sandblaster.schedule import STRATEGIES, ideal_seconds
 from dbjax.trace import Trace
 from dbjax.typing import Params
-from experiments import registry, runtimes
+from experiments import meshes, registry, runtimes
 from experiments.methods import minibatches
 from experiments.methods.base import Method, Plan, Session
 from experiments.methods.kinds import (
@@ -77,11 +77,12 @@ def _plan(kind: Kind, config: ml_collections.ConfigDict, workload: Workload) -> 
         steps=options.iterations,
         evaluations=options.iterations // options.eval_every + 1,
         copies=vectors + 2 * holders + 1,
-        state=0,
+        optimizer=None,
         saved=vectors,
         work=functools.partial(_work, workload, data, config.seed),
         count=evaluations * portions + round(warm),
         clock=clock,
+        mesh=meshes.of_a_replica(config),
     )
 
 
@@ -116,6 +117,7 @@ def _run(
         checkpoint_dir=session.checkpoints,
         checkpoint_every=options.checkpoint_every,
         runtime=runtimes.make_runtime(config, machines),
+        **meshes.arguments(config, workload),
     )
     # What an iteration takes if nothing has to wait for anything.
     ideal = ideal_seconds(machines, options.replicas, 1, config.seed)
@@ -187,6 +189,7 @@ def _warm_start(
         checkpoint_dir=session.checkpoints.with_name("warmstart"),
         checkpoint_every=steps,
         runtime=runtimes.make_runtime(config, runtimes.make_cluster(config)),
+        **meshes.arguments(config, workload),
     )
     rows = [
         {

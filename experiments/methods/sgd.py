@@ -2,7 +2,8 @@
 
 Downpour with one replica that fetches and pushes at every step is the plain optax loop,
 bit for bit (`tests/laws_test.py`), so that is what runs: clock, Trace and checkpoints
-come with it. The machine is one of the cluster's, without its network.
+come with it. The machine is one of the cluster's, without its network; a mesh does not
+count, the parameters are whole on one device.
 """
 
 import ml_collections

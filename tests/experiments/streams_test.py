@@ -15,6 +15,7 @@ def images(noise=0.1, **options):
 STREAMS = {
     "images": lambda seed: images(seed=seed)[1],
     "frames": lambda seed: streams.MarkovFrames(4, states=7, seed=seed),
+    "shapes": lambda seed: streams.PaintedShapes(4, classes=7, size=9, seed=seed),
 }
 
 

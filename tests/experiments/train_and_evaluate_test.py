@@ -21,6 +21,7 @@ SIZES = {
     "breast_cancer": {"batch_size": 4},
     "speech_frames": {"hidden": (8,), "states": 4, "batch_size": 4},
     "speech": {"hidden": (8, 8), "states": 4, "batch_size": 4},
+    "vision": {"classes": 4, "batch_size": 4, "test_size": 20},
 }
 SANDBLASTER = {
     "replicas": 2,
@@ -45,6 +46,8 @@ def toy(name="digits_downpour"):
         config.sandblaster.update(SANDBLASTER)
     if config.workload.get("train_on") == "fixed":
         config.workload.fixed_examples = 40
+    if "mesh" in config:  # tests have one device; partitions_test.py has more
+        config.mesh = dict.fromkeys(config.mesh, 1)
     config.cluster.slow_replicas = ()
     return config.lock()
 

@@ -12,6 +12,7 @@ SMALL = {
     "breast_cancer": {"batch_size": 8},
     "speech_frames": {"hidden": (8,), "states": 4, "test_size": 50, "batch_size": 8},
     "speech": {"hidden": (8, 8), "states": 4, "test_size": 50, "batch_size": 8},
+    "vision": {"size": "small", "classes": 4, "test_size": 50, "batch_size": 8},
 }
 
 
@@ -68,8 +69,9 @@ def test_full_sizes_are_those_of_the_paper_and_the_readme():
     assert workloads.speech(seed=0, test_size=1).num_parameters == 41_777_152
 
 
-def test_speech_can_be_partitioned():
-    workload = small("speech")
+@pytest.mark.parametrize("name", ["speech", "vision"])
+def test_networks_of_the_paper_can_be_partitioned(name):
+    workload = small(name)
     mesh = dbjax.make_mesh(model=1)
     params = dbjax.shard_params(workload.init(0), mesh, workload.rules)
     specs = [leaf.sharding.spec for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
