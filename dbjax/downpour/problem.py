@@ -47,7 +47,8 @@ class Problem:
     optimizer: optax.GradientTransformation
     provide: tuple[str, ...]
     gradient_fn: GradientFn
-    gradient: Callable[..., tuple[Gradients, jax.Array]]
+    gradient: Callable[..., Any]
+    finite: Callable[[Gradients], jax.Array]
     accrue: Callable[[Gradients, Gradients], Gradients]
     split: Callable[[Params], tuple[Params, ...]]
     merge: Callable[..., Params]
@@ -82,10 +83,13 @@ class Problem:
         Returns:
           Both, not waited for unless several devices compute them.
         """
-        if self.placement is not None:
-            where = batch_sharding(batch, self.placement.mesh(on), self.rules)
-            batch = jax.tree.map(jax.device_put, batch, where)
-        return self.call(on, self.gradient, params, batch, replica, index)
+        if self.placement is None:
+            return self.gradient(params, batch, replica, index)
+        where = batch_sharding(batch, self.placement.mesh(on), self.rules)
+        batch = jax.tree.map(jax.device_put, batch, where)
+        gradients = self.call(on, self.gradient, params, batch, replica, index)
+        # By itself: within the other program XLA may compute large gradients twice.
+        return gradients, self.call(on, self.finite, gradients)
 
     def fetch(self, parts: tuple[Params, ...], on: int = 0) -> Params:
         """Put the shards' published parameters together, for replica `on`."""
@@ -102,7 +106,9 @@ class Problem:
 
     def last(self, parts: tuple[Params, ...]) -> Params:
         """The parameters at the end, when the shards write no more."""
-        return self.merge(parts) if self.placement is None else self.whole(parts)
+        if self.placement is None:
+            return self.merge(parts)
+        return self.placement.whole(parts, consume=True)
 
     def like(self, leaf: jax.Array, saved: np.ndarray) -> jax.Array:
         """Bring a saved array to where `leaf` is."""
@@ -205,7 +211,7 @@ def make_problem(
     single, specs = layout.shards == 1, None
     if placement is not None:
         specs = [sharding.spec for sharding in placement.shardings[0]]
-        specs = layout.treedef.unflatten(specs), None
+        specs = layout.treedef.unflatten(specs)
     return Problem(
         params=params,
         data=data,
@@ -214,7 +220,12 @@ def make_problem(
         optimizer=optimizer,
         provide=provide,
         gradient_fn=gradient_fn,
-        gradient=jax.jit(gradient, out_shardings=specs),
+        gradient=(
+            jax.jit(gradient)
+            if placement is None
+            else jax.jit(gradient_fn, out_shardings=specs)
+        ),
+        finite=jax.jit(all_finite),
         accrue=jax.jit(
             lambda sum_, more: jax.tree.map(jnp.add, sum_, more), donate_argnums=(0,)
         ),

@@ -156,19 +156,33 @@ class Placement:
             )
         return jax.tree.unflatten(self.layout.treedef, leaves)
 
-    def whole(self, parts: tuple[Params, ...]) -> Params:
-        """Give a copy of the whole tree for a user's functions.
+    def whole(self, parts: tuple[Params, ...], consume: bool = False) -> Params:
+        """Give the whole tree for a user's functions, in buffers of its own.
 
         On CPU it is on one device. Programs on several, of which a user might launch
         many without waiting, could hang there, by themselves or with a replica's.
+
+        Args:
+          parts: `[S]` trees as `split` gives them.
+          consume: whether `parts` are of no use after this. Then no more than one leaf
+            is there twice.
+
+        Returns:
+          The tree.
         """
         if self.homes[0].platform != "cpu":
-            return jax.tree.map(jnp.copy, self.merge(parts))
+            merged = self.merge(parts)
+            return merged if consume else jax.tree.map(jnp.copy, merged)
         leaves = []
         for leaf, there in enumerate(self._held_by_shards(parts)):
             shape = self.layout.shapes[leaf]
             one = _gather(Box(leaf, (0,) * len(shape), shape), self.homes[0], there)
-            leaves.append(jnp.copy(one) if len(there) == 1 else one)
+            if len(there) == 1 and not consume:
+                one = jnp.copy(one)
+            leaves.append(jax.block_until_ready(one))
+            if len(there) > 1 and consume:
+                for _, array in there:
+                    array.delete()
         return jax.tree.unflatten(self.layout.treedef, leaves)
 
     @functools.cached_property

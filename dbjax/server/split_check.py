@@ -5,6 +5,7 @@ would silently be another rule. So the rule is tried, whole against sharded, on 
 gradients.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from dbjax.server.layout import Layout
 from dbjax.typing import Params
 
 # Large leaves are tried cut down, and on fewer shards, so that it costs little.
-_LARGEST_AXIS, _MOST_SHARDS = 256, 8
+_LARGEST_AXIS, _LARGEST_LEAF, _MOST_SHARDS = 256, 256**2, 8
 # Clipping leaves small gradients alone: a large one is tried as well.
 _SCALES = (1, 8192)
 # Relative to a leaf's largest update. Rounding is far below, what a split does above.
@@ -55,7 +56,10 @@ def check_split(
     random = np.random.default_rng(0)
 
     def draw(leaf: Any) -> jax.Array:
-        shape = tuple(min(n, _LARGEST_AXIS) for n in leaf.shape)
+        shape = [min(n, _LARGEST_AXIS) for n in leaf.shape]
+        while math.prod(shape) > _LARGEST_LEAF:
+            longest = shape.index(max(shape))
+            shape[longest] = -(-shape[longest] // 2)
         # Never narrower than float32, where rounding could pass for a difference.
         dtype = jnp.promote_types(leaf.dtype, jnp.float32)
         return jnp.asarray(random.standard_normal(shape), dtype)
