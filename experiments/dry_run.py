@@ -132,6 +132,14 @@ def check(
     # Devices of a CPU share its memory: together they need what one would.
     mesh = None if jax.default_backend() == "cpu" else plan.mesh
     shapes = jax.eval_shape(workload.init, config.seed)
+    if meshes.axes_of(config) and plan.mesh is None:
+        need = mesh_lib.estimate_memory(shapes, **_kept(plan))
+        if need.total > budget:
+            raise registry.ConfigError(
+                f"{name} is not partitioned and needs {need} on one device; there are "
+                f"{mesh_lib.memory.readable(budget)}. Leave it out of `methods`."
+            )
+        return
     try:
         mesh_lib.check_memory(budget, shapes, mesh, workload.rules, **_kept(plan))
     except ValueError as error:

@@ -267,7 +267,7 @@ def speech(
         "speech",
         f"a generated stream of {data.window} x {data.features} frames from "
         f"{states:,} hidden states, network {_arrows(sizes)}",
-        lambda seed: model.init(jax.random.key(seed)),
+        jax.jit(lambda seed: model.init(jax.random.key(seed))),
         loss,
         data,
         batch_size,
@@ -282,6 +282,8 @@ def vision(
     batch_size: int = 32,
     size: str = "small",
     classes: int | None = None,
+    maps: Sequence[int] | None = None,
+    pools: Sequence[tuple[int, int]] | None = None,
     shift: float = 0.15,
     noise: float = 0.5,
     test_size: int = 1_000,
@@ -294,6 +296,8 @@ def vision(
       size: of the network and the images, as for `dbjax.models.vision`: "80M", "330M"
         and "1.7B" see images of 100 x 100, "small" of 18 x 18.
       classes: how many; those of the size, if not given.
+      maps: likewise, for each stage.
+      pools: likewise, `(size, stride)` for each stage.
       shift: as for `streams.PaintedShapes`.
       noise: likewise.
       test_size: images in the test.
@@ -301,7 +305,7 @@ def vision(
     Returns:
       The workload.
     """
-    model = dbjax.models.vision(size, classes=classes)
+    model = dbjax.models.vision(size, classes=classes, maps=maps, pools=pools)
     side = model.input_shape[0]
     data = streams.PaintedShapes(
         *(batch_size,), classes=model.classes, seed=seed, size=side, shift=shift,
@@ -317,7 +321,7 @@ def vision(
         "vision",
         f"a generated stream of {side} x {side} images of {model.classes:,} painted "
         f"shapes, network {size!r}",
-        lambda seed: model.init(jax.random.key(seed)),
+        jax.jit(lambda seed: model.init(jax.random.key(seed))),
         model.loss,
         data,
         batch_size,

@@ -74,15 +74,39 @@ def test_held_out_clips_are_not_those_of_replica_0():
     assert stream.held_out(3)["frames"].shape == (3, 440)
 
 
+def test_a_painted_shape_is_in_the_middle_of_its_ground():
+    stream = streams.PaintedShapes(64, classes=3, size=33, noise=0.0)
+    batch = stream.batch(0, 0)
+    image, label = batch["image"], batch["label"]
+    assert image.shape == (64, 33, 33, 3) and set(label) == {0, 1, 2}
+    ground = image[:, 0, 0]
+    for corner in (image[:, 0, -1], image[:, -1, 0], image[:, -1, -1]):
+        np.testing.assert_array_equal(corner, ground)
+    assert abs(image).max() <= 1
+    assert (abs(image[:, 16, 16] - ground).max(-1) > 1e-3).all()
+    # On any ground a class has colours of its own: those on a line between two.
+    for name in range(3):
+        middle = image[label == name, 16, 16]
+        spread = np.linalg.svd(middle - middle.mean(0), compute_uv=False)
+        assert spread[1] < 1e-4 * spread[0]
+
+
+def test_held_out_shapes_are_not_those_of_replica_0():
+    stream = streams.PaintedShapes(4, classes=6, size=9)
+    assert not same(stream.held_out(4), stream.batch(0, 0))
+
+
 @pytest.mark.parametrize(
     "make",
     [
         lambda: streams.MarkovFrames(0),
+        lambda: streams.PaintedShapes(0),
+        lambda: streams.PaintedShapes(4, classes=1),
         lambda: streams.MarkovFrames(4, states=1),
         lambda: streams.AugmentedImages(np.zeros((1, 8, 8)), np.zeros(1), 0),
         lambda: streams.MarkovFrames(4).batch(-1, 0),
     ],
 )
 def test_bad_arguments_are_named(make):
-    with pytest.raises(ValueError, match="is 0|states is 1|replica -1"):
+    with pytest.raises(ValueError, match="is 0|(states|classes) is 1|replica -1"):
         make()

@@ -21,7 +21,13 @@ SIZES = {
     "breast_cancer": {"batch_size": 4},
     "speech_frames": {"hidden": (8,), "states": 4, "batch_size": 4},
     "speech": {"hidden": (8, 8), "states": 4, "batch_size": 4},
-    "vision": {"classes": 4, "batch_size": 4, "test_size": 20},
+    "vision": {
+        "classes": 4,
+        "maps": (4,),
+        "pools": ((4, 4),),
+        "batch_size": 4,
+        "test_size": 20,
+    },
 }
 SANDBLASTER = {
     "replicas": 2,
@@ -46,8 +52,9 @@ def toy(name="digits_downpour"):
         config.sandblaster.update(SANDBLASTER)
     if config.workload.get("train_on") == "fixed":
         config.workload.fixed_examples = 40
-    if "mesh" in config:  # tests have one device; partitions_test.py has more
+    if "mesh" in config:  # of one device here; `mesh_test.py` has four
         config.mesh = dict.fromkeys(config.mesh, 1)
+        config.methods = ("downpour",)  # what the mesh is for
     config.cluster.slow_replicas = ()
     return config.lock()
 
