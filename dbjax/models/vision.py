@@ -116,8 +116,7 @@ class Sizes:
 
         Images lie whole on each device, so in the first stage the filtering is sent
         nothing. In the backward pass each border's gradient goes the other way. Besides
-        these, devices gather the features, `4 * B * features` bytes, and sum up as much
-        in the backward pass; of the outputs only `B` losses are summed.
+        these there are `feature_bytes`; of the outputs only `B` losses are summed.
 
         Args:
           batch_size: `B`.
@@ -140,6 +139,14 @@ class Sizes:
             reach, row = self.window // 2, 4 * batch_size * pooled
             total += 2 * halo.halo_bytes(pooled, reach, reach, partitions, row)
         return 2 * total
+
+    def feature_bytes(self, batch_size: int, partitions: int) -> int:
+        """Give the bytes of features that a device sends in a step: loss and gradient.
+
+        It gathers all of them for its classes, and in the backward pass it gets the sum
+        of the gradients of its own: `(P - 1) / P` of them, each way.
+        """
+        return 2 * 4 * batch_size * self.features * (partitions - 1) // partitions
 
 
 PRESETS = {
@@ -309,25 +316,37 @@ class Vision(nnx.Module):
         """Give `[B, C]`, before the logistic function."""
         sizes, parts = self.sizes, halo.partitions()
         weights = [(stage.kernel[...], stage.bias[...]) for stage in self.stages]
-        features = functools.partial(_features, sizes=sizes, parts=parts)
+        output = self.output.kernel[...], self.output.bias[...]
+        network = functools.partial(_network, sizes=sizes, parts=parts)
         x = images.transpose(1, 2, 0, 3).astype(weights[0][0].dtype)
         if parts > 1:
             for grid in sizes.grids:
                 halo.check_rows("vision", grid, parts)
-            features = jax.shard_map(
-                features,
-                in_specs=(PartitionSpec(), _ROWS),
-                out_specs=_ROWS,
+            classes = PartitionSpec(None, halo.AXIS)
+            network = jax.shard_map(
+                network,
+                in_specs=(PartitionSpec(), _ROWS, (classes, _ROWS)),
+                out_specs=classes,
                 axis_names={halo.AXIS},
             )
-        x = features(x, weights)
-        if parts > 1:  # all classes see all features
-            free = PartitionSpec.UNCONSTRAINED
-            x = jax.lax.with_sharding_constraint(
-                x, PartitionSpec(None, None, free, None)
-            )
-        x = x.transpose(2, 0, 1, 3).reshape(images.shape[0], sizes.features)
-        return x @ self.output.kernel[...] + self.output.bias[...]
+        return network(x, weights, output)
+
+
+def _network(
+    x: jax.Array,
+    weights: Sequence[tuple[jax.Array, jax.Array]],
+    output: tuple[jax.Array, jax.Array],
+    *,
+    sizes: Sizes,
+    parts: int,
+) -> jax.Array:
+    """Give a device's classes `[B, C / parts]`, which see the features of all."""
+    x = _features(x, weights, sizes=sizes, parts=parts)
+    if parts > 1:
+        x = jax.lax.all_gather(x, halo.AXIS, axis=0, tiled=True)
+    kernel, bias = output
+    x = x.transpose(2, 0, 1, 3).reshape(-1, sizes.features)
+    return x @ kernel + bias
 
 
 def _features(

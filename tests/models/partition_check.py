@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dbjax.mesh import make_mesh, shardings
+from dbjax.mesh.costs import collectives_of
 from dbjax.models import halo
 from dbjax.models.locally_connected import (
     Geometry,
@@ -65,7 +66,14 @@ def check_network():
         # What is gathered are features, at most; outputs have 16 numbers an example.
         gathered = re.findall(r"= f32\[([\d,]*)\][^=]* all-gather", program)
         elements = [math.prod(map(int, shape.split(","))) for shape in gathered]
-        assert elements == [batch * sizes.features] * (parts > 1)
+        assert elements == [batch * sizes.features]
+        sent = dict.fromkeys(("all-gather", "reduce-scatter", "all-reduce"), 0.0)
+        for one in collectives_of(program):
+            if one.kind != "collective-permute":
+                sent[one.kind] += one.sent_bytes
+        features = sizes.feature_bytes(batch, parts)
+        assert sent["all-gather"] + sent["reduce-scatter"] == features
+        assert sent["all-reduce"] <= 2 * 4 * batch, sent  # the losses, in a ring
     print("network agrees")
 
     mesh = make_mesh(data=2, model=4)
