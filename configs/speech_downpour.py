@@ -11,14 +11,13 @@ On a laptop, a network of four layers of 256 on 64 states:
 
 Expected on a laptop: of the frames 77 % are recognised with both, with SGD after 996
 emulated seconds and with two replicas of Downpour after 540; it is computed in a minute
-on two cores. A gradient sums up 257 KiB between the two partitions of a replica, in six
-all-reduces, where its own size is 1.3 MB; partitions exchange with their own shards, but
-for the last layer's biases. On threads, --config.runtime=threads, 78 to 79 %.
+on two cores. In a gradient, of 1.3 MB, each partition sends 257 KiB to the other, in 6
+all-reduces. On threads, --config.runtime=threads, Downpour came to 78 or 79 %.
 
-The paper's size takes some ten minutes there for each method, and 2,000
-minibatches show 8192 states 31 times each: it is for measuring what partitions cost,
-and has not been run to its end. (In its first 90 minibatches Downpour's test loss falls
-from 9.07 to 9.02; log 8192 is 9.01.)
+The paper's size takes a quarter of an hour there for each method, and 2,000 minibatches
+show 8192 states 31 times each: it is for measuring what partitions cost, and has not
+been run to its end. (In its first 90 minibatches Downpour's test loss falls from 9.07
+to 9.02; log 8192 is 9.01.)
 """
 
 from ml_collections import ConfigDict

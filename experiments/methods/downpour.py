@@ -2,12 +2,10 @@
 
 from typing import Any
 
-import jax
 import ml_collections
 
 import dbjax
 from dbjax.downpour.run import Run
-from dbjax.server.placement import Placement
 from dbjax.trace import Trace
 from experiments import meshes, runtimes
 from experiments.methods import minibatches
@@ -20,12 +18,10 @@ _ORDER = ("replicas", "shards", "n_fetch", "n_push", "overlap", "warmstart_steps
 def plan(config: ml_collections.ConfigDict, workload: Workload) -> Plan:
     """Say what the run would take."""
     options = config.downpour
-    minibatches.check_shards("downpour", options.shards, workload)
+    mesh = meshes.of_a_replica(config)
+    minibatches.check_shards("downpour", options.shards, workload, mesh)
     machines = runtimes.make_cluster(config)
     runtimes.make_runtime(config, machines)
-    if mesh := meshes.of_a_replica(config):  # raises where rules or shards do not fit
-        shapes = jax.eval_shape(workload.init, config.seed)
-        Placement.of(shapes, options.shards, mesh, workload.rules)
     accrual = options.n_push > 1 or options.n_fetch > 1
 
     def simulate(steps: int) -> Trace:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 import dbjax
 from dbjax.downpour.run import Run
 from dbjax.runtime.launch import launch
+from dbjax.server.placement import Placement
 from dbjax.trace import Trace
 from dbjax.typing import Batch, Params
 from experiments import meshes, registry
@@ -93,22 +94,28 @@ def train(
     )
 
 
-def check_shards(part: str, shards: int, workload: Workload) -> None:
-    """Raise if there are more shards than parameters.
+def check_shards(
+    part: str, shards: int, workload: Workload, mesh: Mesh | None = None
+) -> None:
+    """Raise if there are more shards than parameters, or they do not fit partitions.
 
     Args:
       part: of the config, for the error.
       shards: how many there should be.
       workload: what is trained.
+      mesh: the devices of a replica, over which it is partitioned.
 
     Raises:
       registry.ConfigError: there are too many.
+      ValueError: the workload's rules do not fit the mesh, or the shards do not.
     """
     if shards > workload.num_parameters:
         raise registry.ConfigError(
             f"{part}.shards is {shards}, more than the "
             f"{workload.num_parameters:,} parameters of {workload.name}."
         )
+    if mesh is not None:
+        Placement.of(jax.eval_shape(workload.init, 0), shards, mesh, workload.rules)
 
 
 def num_bytes(tree: Any) -> int:

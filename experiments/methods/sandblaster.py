@@ -48,7 +48,14 @@ def _plan(kind: Kind, config: ml_collections.ConfigDict, workload: Workload) -> 
     options = options_of(config)
     data = _portions(options, workload)
     _check(options, data, config.seed)
-    minibatches.check_shards("sandblaster", options.shards, workload)
+    mesh, emulated = meshes.of_a_replica(config), config.runtime == "emulated"
+    shared = emulated and "replica" not in meshes.axes_of(config)
+    if mesh is not None and shared and options.shards > 1:
+        raise registry.ConfigError(
+            f"sandblaster.shards is {options.shards}: vectors lie on the mesh, which "
+            'all replicas share. Leave it at 1, or give the mesh an axis "replica".'
+        )
+    minibatches.check_shards("sandblaster", options.shards, workload, mesh)
     kind.build(options)
     machines = _cluster(config, options, workload)
     runtimes.make_runtime(config, machines)
@@ -71,7 +78,7 @@ def _plan(kind: Kind, config: ml_collections.ConfigDict, workload: Workload) -> 
         return seconds + _emulate_warm_start(config, options)
 
     # The emulation adds one sum after another; on threads each replica has its own.
-    holders = 1 if config.runtime == "emulated" else options.replicas
+    holders = 1 if emulated else options.replicas
     warm = options.warmstart_steps * workload.batch_size / options.portion_size
     return Plan(
         steps=options.iterations,
@@ -82,7 +89,7 @@ def _plan(kind: Kind, config: ml_collections.ConfigDict, workload: Workload) -> 
         work=functools.partial(_work, workload, data, config.seed),
         count=evaluations * portions + round(warm),
         clock=clock,
-        mesh=meshes.of_a_replica(config),
+        mesh=mesh,
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 import rich.console
 from ml_collections import ConfigDict
 
-from configs import speech_downpour, vision_downpour
+from configs import breast_cancer_sandblaster, speech_downpour, vision_downpour
 from dbjax.trace import Trace
 from experiments import dry_run, meshes, registry, train, workloads
 
@@ -81,6 +81,31 @@ def test_a_mesh_that_cannot_be_is_an_error(tmp_path, mesh, words):
     with pytest.raises(registry.ConfigError, match=words):
         train.train_and_evaluate(speech(**mesh), tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("mesh", "shards", "words"),
+    [
+        ({"model": 1}, 2, "sandblaster.shards is 2: vectors lie on the mesh"),
+        ({"model": 1}, 1, None),
+        ({"replica": 1, "model": 1}, 2, None),
+    ],
+)
+def test_sandblaster_has_shards_where_replicas_have_devices(mesh, shards, words):
+    config = breast_cancer_sandblaster.get_config()
+    config.mesh, config.sandblaster.shards = mesh, shards
+    config.methods = ("sandblaster_lbfgs",)
+    if words is None:
+        plan = train.prepare(config)[1]["sandblaster_lbfgs"]
+        assert plan.mesh.axis_names == ("model",)
+    else:
+        with pytest.raises(registry.ConfigError, match=words):
+            train.prepare(config)
+
+
+def test_rules_that_do_not_fit_the_mesh_are_refused_before_anything_runs():
+    with pytest.raises(registry.ConfigError, match="downpour: rules: .* does not fit"):
+        train.prepare(speech(data=1))
 
 
 def needs(config, **options):
