@@ -20,7 +20,7 @@ from dbjax.loss import (
     make_gradient,
     shapes_of,
 )
-from dbjax.mesh import Rules, batch_sharding
+from dbjax.mesh import Rules, batch_sharding, check_memory, device_memory
 from dbjax.runtime.launch import launch, turn
 from dbjax.server.layout import Layout
 from dbjax.server.placement import Placement
@@ -189,6 +189,7 @@ def make_problem(
         None if mesh is None else Placement.of(shapes, shards, mesh, rules, split)
     )
     layout = Layout.of(shapes, shards, split) if placement is None else placement.layout
+    _check_fits(shapes, placement, rules, optimizer)
     params = _own(params, placement)
     if not per_shard:
         check_split(optimizer, params, layout, split, provide)
@@ -258,6 +259,20 @@ def make_problem(
 def _is_function(params: Any) -> bool:
     """Whether it makes parameters; a pytree, such as a module, may be callable too."""
     return callable(params) and jax.tree.leaves(params) == [params]
+
+
+def _check_fits(
+    shapes: Params,
+    placement: Placement | None,
+    rules: Rules | None,
+    optimizer: optax.GradientTransformation,
+) -> None:
+    """Raise where one copy of each, for one replica, is more than there is memory."""
+    where = None if placement is None else placement.mesh(0)
+    devices = jax.devices()[:1] if where is None else list(where.devices.flat)
+    shapes = jax.eval_shape(lambda tree: tree, shapes)
+    budget = device_memory(devices)
+    check_memory(budget, shapes, where, rules, optimizer=optimizer)
 
 
 def _own(params: Any, placement: Placement | None) -> Params:

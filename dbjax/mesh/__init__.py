@@ -2,6 +2,7 @@
 
 from dbjax.mesh.costs import partition_costs as partition_costs
 from dbjax.mesh.memory import check_memory as check_memory
+from dbjax.mesh.memory import device_memory as device_memory
 from dbjax.mesh.memory import estimate_memory as estimate_memory
 from dbjax.mesh.meshes import REPLICA as REPLICA
 from dbjax.mesh.meshes import make_mesh as make_mesh

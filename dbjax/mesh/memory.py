@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -135,6 +136,25 @@ def check_memory(
     raise ValueError(
         f"the model needs {need} on a device; there are {readable(budget)}: {advice}"
     )
+
+
+def device_memory(devices: Sequence[jax.Device]) -> float:
+    """Say how much memory there is for each of some devices.
+
+    Args:
+      devices: that work at the same time. Those of a CPU share the machine's memory.
+
+    Returns:
+      Bytes; infinity where nothing is known.
+    """
+    if devices[0].platform == "cpu":
+        try:
+            pages, size = (os.sysconf(f"SC_{n}") for n in ("PHYS_PAGES", "PAGE_SIZE"))
+        except (AttributeError, ValueError):  # not every system says
+            return math.inf
+        return pages * size / len(devices)
+    limits = [(one.memory_stats() or {}).get("bytes_limit") for one in devices]
+    return min((float(limit) for limit in limits if limit), default=math.inf)
 
 
 def readable(size: float) -> str:

@@ -299,3 +299,23 @@ def test_the_header_says_what_was_run(runtime, monkeypatch):
     assert sum(header["shard_sizes"]) == 44
     assert header["jax"] == jax.__version__
     assert run.trace.samples_per_replica().sum() == 24 * 8
+
+
+def test_what_does_not_fit_in_memory_is_refused_before_it_is_made():
+    calls = []
+
+    def make():
+        calls.append(1)
+        return {"w": jnp.zeros((2_000_000, 1_000_000)), "b": jnp.zeros(3)}
+
+    with pytest.raises(ValueError, match=r"21.8 TiB.*parameters 7.3 TiB.*would fit"):
+        problems.train(params=make)
+    assert len(calls) == 1  # for its shapes
+
+
+def test_parameters_may_come_from_a_function():
+    made = jax.tree.map(jnp.array, PARAMS)
+    for runtime in (dbjax.Emulated(), dbjax.Threads()):
+        one = problems.train(runtime, params=lambda: made, replicas=1, steps=9)
+        other = problems.train(runtime, params=PARAMS, replicas=1, steps=9)
+        problems.assert_same_bits(one.params, other.params)

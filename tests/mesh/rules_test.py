@@ -57,9 +57,42 @@ def test_the_first_rule_that_is_found_in_the_path_decides():
     assert got["scale"] == PartitionSpec(), "no rule: whole on every device"
     got = specs(PARAMS, [("kernel", data), ("layers/0/k", model)])
     assert got["layers"][0] == {"kernel": data, "bias": PartitionSpec()}
-    assert (
-        specs(PARAMS, [(r"^kernel$", data)])["layers"][0]["kernel"] == PartitionSpec()
+    got = specs(PARAMS, [(r"^kernel$", data), ("scale", PartitionSpec())])
+    assert got["layers"][0]["kernel"] == PartitionSpec(), "paths are looked at whole"
+
+
+def test_rules_of_which_none_is_found_are_for_other_parameters():
+    with pytest.raises(ValueError, match="none of.*nothing.*layers/0/bias.*scale"):
+        specs(PARAMS, [("nothing", PartitionSpec("model"))])
+    assert specs(PARAMS, [])["scale"] == PartitionSpec()
+
+
+def test_examples_are_shared_by_the_axes_that_no_rule_names():
+    mesh = dbjax.make_mesh(data=1, model=1)
+    batch = {"x": np.zeros((4, 3)), "step": np.zeros(())}
+
+    def of(rules):
+        made = mesh_lib.batch_sharding(batch, mesh, rules)
+        return made["x"].spec, made["step"].spec
+
+    everywhere = PartitionSpec()
+    assert of(None) == (PartitionSpec(("data", "model")), everywhere)
+    assert of([("kernel", PartitionSpec(None, "model"))]) == (
+        PartitionSpec(("data",)),
+        everywhere,
     )
+    assert of([("a", PartitionSpec(("data", "model")))]) == (everywhere, everywhere)
+
+
+def test_each_replica_has_its_own_part_of_a_mesh():
+    mesh = dbjax.make_mesh(replica=1, model=1)
+    (part,) = mesh_lib.sub_meshes(mesh)
+    assert part.axis_names == ("model",)
+    assert part.devices.shape == (1,)
+    alone = dbjax.make_mesh(model=1)
+    assert mesh_lib.sub_meshes(alone) == (alone,)
+    (part,) = mesh_lib.sub_meshes(dbjax.make_mesh(replica=1))
+    assert part.axis_names == ("model",) and part.size == 1
 
 
 @pytest.mark.parametrize(

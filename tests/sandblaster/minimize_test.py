@@ -568,7 +568,7 @@ MESH = dbjax.make_mesh(data=1)
         ({"strategy": "fast"}, ValueError, "strategy.*backups.*fast"),
         ({"split": "rows"}, ValueError, "split"),
         ({"rules": [("w", None)]}, ValueError, "rules.*mesh"),
-        ({"mesh": MESH, "runtime": dbjax.Threads()}, ValueError, "mesh"),
+        ({"mesh": MESH, "rules": [("no", None)]}, ValueError, "rules"),
         ({"mesh": MESH, "shards": 2}, ValueError, "shards=2"),
         ({"mesh": 8}, TypeError, "mesh"),
         ({"runtime": "threads"}, (TypeError, ValueError), "runtime"),
