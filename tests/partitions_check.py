@@ -1,6 +1,8 @@
 """Replicas x partitions, in a process that has eight devices; see partitions_test.py."""
 
 import os
+import pathlib
+import re
 import threading
 import time
 
@@ -266,7 +268,19 @@ def check_what_does_not_fit_is_said():
             assert words in str(error), (words, str(error))
 
 
+def check_the_readme_example():
+    text = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = re.findall(r"^```py\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    names = {"dbjax": dbjax, "jax": jax, "np": np}
+    exec(compile(block, "README.md", "exec"), names)
+    exchanged = names["run"].trace.partition_bytes()
+    assert exchanged.shape == (2, 2)
+    assert exchanged.diagonal().min() > 100 * (exchanged.sum() - exchanged.trace())
+
+
 def main():
+    import contextlib
+    import io
     import sys
     import tempfile
 
@@ -278,7 +292,8 @@ def main():
         if name.startswith("check_") and (len(sys.argv) < 2 or sys.argv[1] in name):
             begun = time.perf_counter()
             with tempfile.TemporaryDirectory() as folder:
-                check(folder) if name == "check_a_checkpoint_goes_on" else check()
+                with contextlib.redirect_stdout(io.StringIO()):
+                    check(folder) if name == "check_a_checkpoint_goes_on" else check()
             print(name, file=sys.stderr, end=" ")
             print(round(time.perf_counter() - begun, 1), file=sys.stderr)
             print(name)

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from dbjax.mesh import Rules
+from dbjax.models import halo
 from dbjax.typing import Array, Batch, Params
 
 
@@ -118,11 +119,10 @@ def cut_over_model(x: jax.Array) -> jax.Array:
     Parameters say where they lie, and mostly all else follows. Where an input that is
     whole meets a kernel that is cut, its gradient would be made whole on every device.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if "model" not in mesh.axis_names or "model" in mesh.manual_axes:
+    if halo.partitions() == 1:
         return x
     others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*others, "model"))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*others, halo.AXIS))
 
 
 @functools.lru_cache(maxsize=64)
