@@ -213,8 +213,8 @@ def check_sandblaster_is_the_same_run():
 
     plain = minimize()
     live, emulated = dbjax.Threads(), dbjax.Emulated()
-    for case, (axes, shards) in enumerate(MESHES[:5]):
-        for runtime in [(live, emulated), (emulated,), (live,)][case % 3]:
+    for case, (axes, shards) in enumerate((MESHES[0], MESHES[3], MESHES[4])):
+        for runtime in [(live, emulated), (live,), (emulated,)][case]:
             alone = "replica" not in axes and isinstance(runtime, dbjax.Emulated)
             run = minimize(
                 mesh=dbjax.make_mesh(**axes), rules=RULES, runtime=runtime,

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import inspect
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -258,7 +259,16 @@ def make_problem(
 
 def _is_function(params: Any) -> bool:
     """Whether it makes parameters; a pytree, such as a module, may be callable too."""
-    return callable(params) and jax.tree.leaves(params) == [params]
+    if not (callable(params) and jax.tree.leaves(params) == [params]):
+        return False
+    try:
+        inspect.signature(params).bind()
+    except TypeError:
+        raise ValueError(
+            "params is a function that needs arguments: allowed are a pytree of float "
+            "arrays, or a function without arguments that makes one"
+        ) from None
+    return True
 
 
 def _check_fits(
