@@ -15,6 +15,7 @@ import numpy as np
 import dbjax
 from dbjax.mesh import partition_costs
 from dbjax.trace import COMPUTE
+from experiments import workloads
 
 
 def child(name: str, **arguments: Any) -> tuple[dict[str, Any], int]:
@@ -86,6 +87,36 @@ def _costs(model: Any, devices: int, batch: Any) -> tuple[Any, Any]:
     with jax.set_mesh(mesh):
         step = jax.jit(jax.value_and_grad(model.loss), out_shardings=(None, specs))
         return partition_costs(step, shapes, batch), mesh
+
+
+def speech_downpour(replicas: int, devices: int, batch: int, steps: int) -> Any:
+    """Train the speech network on threads, each replica partitioned; replay it."""
+    jax.config.update("jax_num_cpu_devices", replicas * devices)
+    mesh = dbjax.make_mesh(replica=replicas, model=devices)
+    work = workloads.speech(seed=0, batch_size=batch, states=8192, hidden=(2560,) * 4)
+    options: dict[str, Any] = {
+        "optimizer": dbjax.adagrad(1e-3), "mesh": mesh, "rules": work.rules
+    }  # fmt: skip
+    params = jax.jit(work.init, static_argnums=0)(0)
+    begin = time.perf_counter()
+    run = dbjax.downpour.train(
+        *(work.loss, params, work.data), **options, replicas=replicas, shards=2,
+        steps=steps, runtime=dbjax.Threads(digest_every=5),
+        eval_fn=lambda params, step, time: work.evaluate(params), eval_every=steps // 2,
+    )  # fmt: skip
+    seconds = time.perf_counter() - begin
+    again = dbjax.replay(
+        run.trace, work.loss, params, work.data, **options, verify=True
+    )
+    pairs = zip(*map(jax.tree.leaves, (run.params, again.params)), strict=True)
+    return {
+        "seconds": seconds,
+        "same": all(np.array_equal(a, b) for a, b in pairs),
+        "before": work.evaluate(params)["test_loss"],
+        "after": run.trace.evaluations[-1]["test_loss"],
+        "exchanged": run.trace.partition_bytes().tolist(),
+        "staleness": float(run.trace.staleness().mean()),
+    }
 
 
 class Noise:

@@ -1,6 +1,6 @@
 """Model partitions: speed against one device, locally connected layers, memory, bytes.
 
-  python -m experiments.bench_partitions --only=speech,local,bytes,memory --full
+  python -m experiments.bench_partitions --full
 
 What needs devices of its own runs in a process of its own, by turns with what it is
 compared to. `--full` trains the network of 1.7 billion parameters as well: it takes 21
@@ -212,11 +212,29 @@ def partitions(options: Options) -> list[Row]:
     return rows
 
 
+def downpour(options: Options) -> list[Row]:
+    """Two replicas of two partitions train the speech network; it replays."""
+    steps = 8 if options.quick else 80
+    made, _ = child("speech_downpour", replicas=2, devices=2, batch=BATCH, steps=steps)
+    own = sum(made["exchanged"][i][i] for i in range(2))
+    total = sum(map(sum, made["exchanged"]))
+    what = f"speech, 2 replicas x 2 partitions on threads, {steps} minibatches"
+    return [
+        Row("downpour", f"{what}: test loss", f"{made['after']:.3f}",
+            f"before, {made['before']:.3f}", made["after"] / made["before"], "< 1",
+            f"staleness {made['staleness']:.2f}; {made['seconds']:.0f} s"),
+        Row("downpour", f"{what}: replayed", "same bits" if made["same"] else "DIFFER"),
+        Row("downpour", f"{what}: bytes with a partition's own shard", f"{own:,}",
+            f"all, {total:,}", own / total, "", "the rest: biases both hold"),
+    ]  # fmt: skip
+
+
 SECTIONS: dict[str, Section] = {
     "speech": speech,
     "local": local,
     "bytes": partitions,
     "memory": memory,
+    "downpour": downpour,
 }
 
 
