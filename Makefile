@@ -43,6 +43,7 @@ bench:
 	$(MAKE) venv EXTRAS=$(EXTRAS),bench
 	$(BIN)/python -m experiments.bench_downpour
 	$(BIN)/python -m experiments.bench_lbfgs
+	$(BIN)/python -m experiments.bench_partitions
 
 lint: venv
 	$(BIN)/ruff check
