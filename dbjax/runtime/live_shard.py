@@ -35,17 +35,20 @@ class LiveShard:
     def hold(self, who: Any) -> ShardState:
         """Give `who` the newest version, instead of the one it held."""
         with self.lock:
-            params = self.state.params
-            _, count = self.holders.get(id(params), (params, 0))
-            self.holders[id(params)] = params, count + 1
-            self._let_go(who)
-            self.held_by[who] = params
-            return self.state
+            return self._hold(who)
 
     def release(self, who: Any) -> None:
         """`who` needs its version no more."""
         with self.lock:
             self._let_go(who)
+
+    def _hold(self, who: Any) -> ShardState:
+        params = self.state.params
+        _, count = self.holders.get(id(params), (params, 0))
+        self.holders[id(params)] = params, count + 1
+        self._let_go(who)
+        self.held_by[who] = params
+        return self.state
 
     def _let_go(self, who: Any) -> None:
         params = self.held_by.pop(who, None)
@@ -62,8 +65,13 @@ class LiveShard:
         message: Push,
         takes: Callable[[int], bool],
         record: Callable[[int, int], object],
-    ) -> int:
-        """Handle a push if `takes(staleness)`; `record` comes before it shows."""
+        keep: Callable[[int], Any] = lambda version: None,
+    ) -> ShardState:
+        """Handle a push if `takes(staleness)`; `record` comes before it shows.
+
+        The version made is held for whom `keep(version)` names, if it does, before
+        another push can follow.
+        """
         with self.lock:
             before, status = self.state, TAKEN if message.taken else NOT_FINITE
             if message.taken and not takes(before.version - message.base):
@@ -80,4 +88,5 @@ class LiveShard:
             self.most_versions = max(
                 self.most_versions, len(self.holders) + 1 + len(self.dead)
             )
-            return reply.version
+            who = keep(reply.version)
+            return after if who is None else self._hold(who)

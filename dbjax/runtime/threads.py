@@ -289,21 +289,20 @@ class Crew:
                 *place, version, message.base, count, status, shard.nbytes, message.id
             )
 
+        who, every = object(), self.runtime.digest_every
+
+        def keep(version: int) -> object | None:
+            return who if every and version % every == 0 else None
+
         for shard, message in zip(self.shards, messages, strict=True):
-            version = shard.push(message, takes, recording(shard, message))
-            every = self.runtime.digest_every
-            if every and version % every == 0:
-                self._digest(shard)
+            state = shard.push(message, takes, recording(shard, message), keep)
+            if keep(state.version) is not None:
+                digest = self.digest(state.params)
+                self.recorder.digests.append((shard.index, state.version, digest))
+                shard.release(who)
         self.in_a_row = 0 if messages[0].taken else self.in_a_row + 1
         if self.in_a_row >= MOST_REJECTED:
             raise RejectedTooOften(self.in_a_row, replica, step)
-
-    def _digest(self, shard: LiveShard) -> None:
-        who = object()
-        state = shard.hold(who)
-        seen = shard.index, state.version, self.digest(state.params)
-        self.recorder.digests.append(seen)
-        shard.release(who)
 
 
 class _Life:

@@ -130,6 +130,13 @@ def test_nobody_waits_to_push_for_a_replica_that_failed():
         )
 
 
+def test_every_version_that_was_asked_for_has_its_own_digest():
+    """However soon another replica's push follows."""
+    for _ in range(4):
+        trace = train(dbjax.Threads(digest_every=1), replicas=4, steps=40).trace
+        assert trace.digest[trace.kind == PUSH].all()
+
+
 def test_the_replay_of_another_order_is_not_the_same():
     """So the test above can fail; and the first push that differs is named."""
     keywords = {"protocol": dbjax.synchronous()}
