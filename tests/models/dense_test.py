@@ -1,9 +1,6 @@
 """Dense networks: sizes, first weights, losses, and their partitions."""
 
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,30 +10,16 @@ import pytest
 
 import dbjax
 from dbjax import models
-
-ROOT = pathlib.Path(__file__).parents[2]
+from tests import many_devices
 
 
 @pytest.mark.multidevice
 def test_partitions_change_no_value_and_exchange_the_least():
     script = pathlib.Path(__file__).with_name("dense_mesh_check.py")
-    environment = {
-        **os.environ,
-        "JAX_NUM_CPU_DEVICES": "8",
-        "NPROC": "64",  # a small pool of threads may deadlock in collectives
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(script)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    lines = many_devices.run(script)
     # Four sums of [128, 2560], and two numbers per example for the softmax.
     least = 4 * 128 * (4 * 2560 + 2)
-    assert done.stdout.splitlines() == ["models 5", f"speech {least}", "drawn in place"]
+    assert lines == ["models 5", f"speech {least}", "drawn in place"]
 
 
 def test_speech_is_the_network_of_the_paper():

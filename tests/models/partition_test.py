@@ -1,35 +1,18 @@
 """Partitioned layers and networks, in a process of its own that has eight devices."""
 
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
 from dbjax.models import halo
-
-ROOT = pathlib.Path(__file__).parents[2]
+from tests import many_devices
 
 
 @pytest.mark.multidevice
 def test_partitions_agree_and_send_exactly_the_borders():
     script = pathlib.Path(__file__).with_name("partition_check.py")
-    environment = {
-        **os.environ,
-        "JAX_NUM_CPU_DEVICES": "8",
-        "NPROC": "64",  # a small pool of threads may deadlock in collectives
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(script)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.splitlines() == [
+    lines = many_devices.run(script)
+    assert lines == [
         "network agrees",
         "examples may be cut too",
         "layers agree",
