@@ -210,8 +210,13 @@ def make_problem(
         updates, state = local_optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    single, specs = layout.shards == 1, None
+    specs = None
+    split_fn: Callable[..., Any] = layout.split
+    merge_fn: Callable[..., Any] = layout.merge
+    if placement is None and layout.shards > 1:
+        split_fn, merge_fn = jax.jit(layout.split), jax.jit(layout.merge)
     if placement is not None:
+        split_fn, merge_fn = placement.split, placement.merge
         specs = [sharding.spec for sharding in placement.shardings[0]]
         specs = layout.treedef.unflatten(specs)
     return Problem(
@@ -231,20 +236,8 @@ def make_problem(
         accrue=jax.jit(
             lambda sum_, more: jax.tree.map(jnp.add, sum_, more), donate_argnums=(0,)
         ),
-        split=(
-            placement.split
-            if placement is not None
-            else layout.split
-            if single
-            else jax.jit(layout.split)
-        ),
-        merge=(
-            placement.merge
-            if placement is not None
-            else layout.merge
-            if single
-            else jax.jit(layout.merge)
-        ),
+        split=split_fn,
+        merge=merge_fn,
         local_optimizer=local_optimizer,
         local_init=None if local_optimizer is None else jax.jit(local_optimizer.init),
         local_step=None if local_optimizer is None else jax.jit(local_step),
