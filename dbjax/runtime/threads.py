@@ -9,15 +9,13 @@ import contextlib
 import dataclasses
 import math
 import queue
-import random
 import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 from dbjax.runtime import interrupts
 from dbjax.runtime.base import MOST_REJECTED, Program, RejectedTooOften
+from dbjax.runtime.life import Hands, Life
 from dbjax.runtime.live_shard import LiveShard, Snapshot
 from dbjax.runtime.recorder import Recorder
 from dbjax.server.messages import Fetched, Push
@@ -59,30 +57,6 @@ class Threads:
 
 class ReplicaError(RuntimeError):
     """A replica's thread has failed; the cause is chained."""
-
-
-class Hands(Protocol):
-    """What carries out a replica's requests on arrays; made by the algorithm."""
-
-    def install(self, fetched: list[Fetched]) -> None:
-        """Take the shards' parameters: they replace the replica's own."""
-        ...
-
-    def compute(self, batch: int, step: int) -> None:
-        """Add the gradient of minibatch `batch` to the accrued gradients."""
-        ...
-
-    def push(self, id_: int, step: int) -> list[Push]:
-        """Give the accrued gradients away, a message a shard, and zero them."""
-        ...
-
-    def let_go(self) -> None:
-        """Give up the shards' parameters: others come before they are used again."""
-        ...
-
-    def count(self) -> int:
-        """How many gradients are accrued."""
-        ...
 
 
 class Crew:
@@ -202,10 +176,12 @@ class Crew:
     # What a replica's thread does.
 
     def _live(self, replica: int) -> None:
-        courier = ThreadPoolExecutor(1) if self.program.periods.overlap else None
-        life = _Life(self, replica, courier)
+        life = Life(
+            self.program, self.hands(replica), _Here(self, replica), replica,
+            self.batches[replica], self.runtime.jitter, self.runtime.seed,
+        )  # fmt: skip
         try:
-            life.run()
+            self._live_through(replica, life)
         except BaseException as error:
             now, step = self.recorder.now(), life.newest
             # What it had accrued goes with it, and is counted.
@@ -213,13 +189,29 @@ class Crew:
             self.events.put(("error", (replica, step, error)))
             self.stop()
         finally:
-            if courier is not None:
-                courier.shutdown()
+            life.close()
             with self.change:
                 self.program.tickets.leave(replica)
                 self.alive -= 1
                 self.change.notify_all()
             self.events.put(("left", replica))
+
+    def _live_through(self, replica: int, life: Life) -> None:
+        """Live, to the last push."""
+        words, tickets = self.program.requests, self.program.tickets
+        self.recorder.add(JOIN, replica, self.recorder.now())
+        known = self.batches[replica]
+        while life.state.asked != words.stop:
+            life.hesitate()
+            if life.state.batch > known:
+                known = life.state.batch
+                if not tickets.protocol.free_running:
+                    life.wait()
+                self.done(replica)
+            life.take(self.ticket(replica, life.flush))
+            life.carry_on(words.ticket, words.stop)
+        life.end()
+        self.recorder.add(LEAVE, replica, self.recorder.now())
 
     def ticket(self, replica: int, flush: Callable[[], None]) -> int | None:
         """Wait for a ticket; `flush` comes first where the crew is to fall quiet."""
@@ -305,132 +297,44 @@ class Crew:
             raise RejectedTooOften(self.in_a_row, replica, step)
 
 
-class _Life:
-    """One replica's life: carry out what its actor asks for, in order."""
+class _Here:
+    """A thread's surroundings: shards and clock are those of its crew."""
 
-    def __init__(
-        self, crew: Crew, replica: int, courier: ThreadPoolExecutor | None
-    ) -> None:
-        self.crew, self.replica, self.courier = crew, replica, courier
-        self.hands = crew.hands(replica)
-        program = crew.program
-        self.state = program.begin(program.state._replace(batch=crew.batches[replica]))
-        self.away: list[Future[None]] = []
-        self.landed: tuple[int, float, list[Fetched]] | None = None
-        self.random = random.Random(f"{crew.runtime.seed} {replica}")
-        self.newest, self.turn = -1, 0
+    def __init__(self, crew: Crew, replica: int) -> None:
+        self.crew, self.replica = crew, replica
 
-    def run(self) -> None:
-        """Live, to the last push."""
-        crew, program, replica = self.crew, self.crew.program, self.replica
-        words = program.requests
-        crew.recorder.add(JOIN, replica, crew.recorder.now())
-        pushed_batch = crew.batches[replica]
-        while self.state.asked != words.stop:
-            asked, ticket = self.state.asked, None
-            if crew.runtime.jitter:
-                time.sleep(self.random.random() * crew.runtime.jitter)
-            if asked == words.ticket:
-                if self.state.batch > pushed_batch:
-                    pushed_batch = self.state.batch
-                    if not program.tickets.protocol.free_running:
-                        self._wait()
-                    crew.done(replica)
-                ticket = crew.ticket(replica, self._flush)
-                if ticket is not None:
-                    self.newest = ticket
-            elif asked == words.fetch:
-                self._fetch()
-            elif asked == words.compute:
-                self._compute()
-            elif asked == words.push:
-                self._push()
-            self.state = program.advance(self.state, program.periods, ticket)
-        self._wait()
-        crew.recorder.add(LEAVE, replica, crew.recorder.now())
-        for shard in crew.shards:
-            shard.release((replica, self.turn))
+    def now(self) -> float:
+        return self.crew.recorder.now()
 
-    def _fetch(self) -> None:
-        step, start = self.state.step, self.crew.recorder.now()
-        if self.courier is None or self.state.fresh:
-            self._wait()
-            self._land(step, start, self._ask())
-            return
-
-        def fetch() -> None:
-            self.landed = step, start, self._ask()
-            self.crew.begun(self.replica)
-
-        self._install()
-        self.away.append(self.courier.submit(fetch))
-
-    def _ask(self) -> list[Fetched]:
-        # Beside the version in use, which is let go when this one takes its place.
-        who = (self.replica, self.turn + 1)
-        states = [shard.hold(who) for shard in self.crew.shards]
+    def fetch(self, turn: int) -> list[Fetched]:
+        states = [shard.hold((self.replica, turn)) for shard in self.crew.shards]
         return [Fetched(state.params, state.version) for state in states]
 
-    def _land(self, step: int, start: float, fetched: list[Fetched]) -> None:
-        self.hands.install(fetched)
+    def release(self, turn: int) -> None:
+        for shard in self.crew.shards:
+            shard.release((self.replica, turn))
+
+    def landed(self, step: int, start: float, fetched: list[Fetched]) -> None:
         for shard, answer in zip(self.crew.shards, fetched, strict=True):
-            shard.release((self.replica, self.turn))
             self.crew.recorder.add(
                 FETCH, self.replica, start, shard.index, step, version=answer.version,
                 nbytes=shard.nbytes,
             )  # fmt: skip
-        self.turn += 1
 
-    def _install(self) -> None:
-        """Install a fetch that has come back."""
-        if all(future.done() for future in self.away):
-            self._wait()
+    def begun(self) -> None:
+        self.crew.begun(self.replica)
 
-    def _wait(self) -> None:
-        """Wait for the exchange under way, and install what it brought."""
-        for future in self.away:
-            future.result()
-        self.away = []
-        if self.landed is not None:
-            landed, self.landed = self.landed, None
-            self._land(*landed)
+    def computed(self, step: int, batch: int, start: float) -> None:
+        self.crew.batches[self.replica] = batch + 1
+        self.crew.recorder.add(COMPUTE, self.replica, start, step=step, batch=batch)
 
-    def _compute(self) -> None:
-        if self.away:  # a fetch: it says itself when it is back
-            self._install()
-        else:
-            self.crew.begun(self.replica)
-        state, start = self.state, self.crew.recorder.now()
-        self.hands.compute(state.batch, state.step)
-        self.crew.batches[self.replica] = state.batch + 1
-        self.crew.recorder.add(
-            COMPUTE, self.replica, start, step=state.step, batch=state.batch
-        )
+    def wait_to_push(self) -> None:
+        self.crew.wait_to_push(self.replica)
 
-    def _push(self) -> None:
-        crew, replica, step = self.crew, self.replica, self.newest
-        self._wait()
-        crew.wait_to_push(replica)
-        id_, count = crew.ids[replica], self.hands.count()
-        crew.ids[replica] += 1
-        messages = self.hands.push(id_, step)
-        fetches = self.state.batch % crew.program.periods.n_fetch == 0
-        stale = any(message.stale_params is not None for message in messages)
-        if self.courier is None and fetches and not stale:
-            # So that a version which only this replica has seen is updated in place.
-            self.hands.let_go()
-            for shard in crew.shards:
-                shard.release((replica, self.turn))
-        if self.courier is None:
-            crew.push(replica, step, messages, count)
-        else:
-            self.away.append(
-                self.courier.submit(crew.push, replica, step, messages, count)
-            )
+    def next_id(self) -> int:
+        id_ = self.crew.ids[self.replica]
+        self.crew.ids[self.replica] += 1
+        return id_
 
-    def _flush(self) -> None:
-        """Push what is accrued, before everything is held still."""
-        if self.hands.count():
-            self._push()
-            self.state = self.state._replace(accrued=0)
-        self._wait()
+    def push(self, step: int, messages: list[Push], count: int, fetches: bool) -> None:
+        self.crew.push(self.replica, step, messages, count)

@@ -1,0 +1,442 @@
+"""Runs on Ray: processes, on this machine or many. The only file that imports ray."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dbjax.runtime.lanes import cores
+from dbjax.runtime.transport import SIDE, WORK, Gone, Late, Reply
+
+_SIDE_THREADS = 8
+_CONFIG = (
+    "jax_enable_x64",
+    "jax_platforms",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_numpy_dtype_promotion",
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+)
+"""What a process takes over from the one that starts it, so that both compute alike."""
+
+
+class Progress(NamedTuple):
+    """How a run on Ray goes.
+
+    Attributes:
+      step: minibatches finished.
+      time: seconds since the run began.
+      updates_per_second: pushes handled, since the last time.
+      staleness: their mean staleness.
+      replicas: how many are alive.
+      deaths: of replicas and shards, so far.
+    """
+
+    step: int
+    time: float
+    updates_per_second: float
+    staleness: float
+    replicas: int
+    deaths: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Ray:
+    """Run replicas and shards as processes, on this machine or a cluster.
+
+    As a context manager it stays connected, and keeps processes for the next run.
+
+    Attributes:
+      address: "local" starts a cluster on this machine and stops it at the end; any
+        other address, such as "auto" or "10.0.0.1:6379", joins one that runs. A
+        process that is connected to Ray already keeps to that.
+      standby: 1: every push is handled by two processes before it is acknowledged, so
+        that a shard may die and nothing acknowledged is lost.
+      snapshot_every: without standby, minibatches between the copies from which a shard
+        that died is restored; a tenth of the run by default.
+      digest_every: every so many versions a shard's parameters are checksummed into the
+        Trace; 0 for never.
+      replicas_at: `replicas_at(step)`, how many replicas are wanted once `step`
+        minibatches are finished, at most the run's `replicas`: they join and leave.
+      watch: called with a `Progress` every `watch_every` seconds, in another thread.
+      watch_every: seconds.
+      replica_cpus: CPUs that Ray sets aside for each replica; on a cluster of our own
+        none, else 1.
+      shard_cpus: the same for each shard.
+      replica_gpus: GPUs for each replica.
+      runtime_env: Ray's, say `{"working_dir": "."}` to send your own modules along.
+      timeout: seconds until a process that does not answer is an error.
+
+    >>> Ray(standby=1).address
+    'local'
+    """
+
+    address: str = "local"
+    standby: int = 0
+    snapshot_every: int | None = None
+    digest_every: int = 100
+    replicas_at: Callable[[int], int] | None = None
+    watch: Callable[[Progress], None] | None = None
+    watch_every: float = 1.0
+    replica_cpus: float | None = None
+    shard_cpus: float | None = None
+    replica_gpus: float = 0.0
+    runtime_env: dict[str, Any] | None = None
+    timeout: float = 120.0
+    _kept: list["Session"] = dataclasses.field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.address, str) or not self.address:
+            raise ValueError(
+                f'address must be "local", "auto" or host:port, got {self.address!r}'
+            )
+        if self.standby not in (0, 1):
+            raise ValueError(f"standby must be 0 or 1, got {self.standby!r}")
+        for name in ("digest_every", "snapshot_every"):
+            value, least = getattr(self, name), int(name == "snapshot_every")
+            if value is not None and not (isinstance(value, int) and value >= least):
+                raise ValueError(f"{name} must be at least {least}, got {value!r}")
+        for name in ("replica_cpus", "shard_cpus", "replica_gpus"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be at least 0, got {value!r}")
+        for name in ("timeout", "watch_every"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 seconds, got {self.timeout}")
+
+    def __enter__(self) -> "Ray":
+        """Connect, or start a cluster, and keep it for several runs."""
+        self._kept.append(Session(self))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Let all processes go, and stop what was started."""
+        self._kept.pop().close()
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator["Session"]:
+        """Give the connection that is kept, or one for the time being."""
+        if self._kept:
+            yield self._kept[-1]
+            return
+        session = Session(self)
+        try:
+            yield session
+        finally:
+            session.close()
+
+
+class Session:
+    """A connection to a cluster: a `Transport`.
+
+    Args:
+      settings: how to connect.
+
+    Raises:
+      ModuleNotFoundError: Ray is not installed.
+      ConnectionError: nobody answers at the address, or with another version.
+    """
+
+    def __init__(self, settings: Ray) -> None:
+        self.settings = settings
+        ray = _ray()
+        self._own = not ray.is_initialized()
+        self._local = settings.address == "local" and self._own
+        if self._own:
+            _connect(settings)
+        self._idle: dict[Any, list[tuple[_Address, Any]]] = {}
+        self._keys: dict[_Address, Any] = {}
+
+    def close(self) -> None:
+        """End the processes that are left, and what was started for this session."""
+        ray = _ray()
+        for address in [*self._keys]:
+            self.kill(address)
+        if self._own:
+            ray.shutdown()
+
+    def check_room(self, replicas: int, shards: int) -> None:
+        """Raise where the cluster is too small for so many processes at once.
+
+        Raises:
+          ValueError: says what is missing.
+        """
+        have = _ray().cluster_resources()
+        wanted = {"CPU": 0.0, "GPU": 0.0}
+        for kind, count in (("replica", replicas), ("shard", shards)):
+            cpus, gpus = self._needs(kind)
+            wanted["CPU"] += count * cpus
+            wanted["GPU"] += count * gpus
+        for name, want in wanted.items():
+            if want > have.get(name, 0.0):
+                raise ValueError(
+                    f"{replicas} replicas and {shards} shards (with standbys) need "
+                    f"{want:g} {name}s, the cluster has {have.get(name, 0.0):g}: "
+                    f"{want - have.get(name, 0.0):g} are missing; add machines, or "
+                    "lower replica_cpus, shard_cpus or replica_gpus"
+                )
+
+    def share(self, what: str, value: Any) -> "_Shared":
+        """See `Transport.share`."""
+        ray = _ray()
+        try:
+            return _Shared(ray.put(value))
+        except (TypeError, AttributeError, RecursionError) as error:
+            raise _cannot_be_sent(what, error) from error
+        except Exception as error:
+            raise _store_error(what, error) from error
+
+    def host(
+        self,
+        name: str,
+        make: Callable[[], Any],
+        *,
+        kind: str = "replica",
+        devices: int = 1,
+        away_from: Any = None,
+    ) -> tuple["_Address", Reply]:
+        """See `Transport.host`."""
+        key = kind, devices, _config(devices)
+        idle = self._idle.get(key, [])
+        if idle and away_from is None:
+            address, _ = idle.pop()
+            address = address._replace(name=name)
+        else:
+            address = _Address(name, self._start(kind, devices, away_from))
+        self._keys[address] = key
+        return address, address.ask("", make, _versions())
+
+    def end(self, address: "_Address") -> None:
+        """See `Transport.end`; the process is kept for the next one."""
+        key = self._keys.pop(address, None)
+        if key is None:
+            return
+        if not self.settings._kept:
+            self._keys[address] = key
+            self.kill(address)
+            return
+        self._idle.setdefault(key, []).append((address, None))
+
+    def kill(self, address: "_Address") -> None:
+        """See `Transport.kill`."""
+        self._keys.pop(address, None)
+        with contextlib.suppress(Exception):
+            _ray().kill(address.handle)
+
+    def _needs(self, kind: str) -> tuple[float, float]:
+        s, usual = self.settings, 0.0 if self._local else 1.0
+        cpus = s.replica_cpus if kind == "replica" else s.shard_cpus
+        gpus = s.replica_gpus if kind == "replica" else 0.0
+        return usual if cpus is None else cpus, gpus
+
+    def _start(self, kind: str, devices: int, away_from: Any) -> Any:
+        cpus, gpus = self._needs(kind)
+        env = dict(self.settings.runtime_env or {})
+        if devices > 1:
+            # XLA's pool must have a thread a device, or collectives can hang.
+            pool = {"NPROC": str(max(64, 8 * devices))}
+            env["env_vars"] = pool | env.get("env_vars", {})
+        options = {
+            "num_cpus": cpus,
+            "num_gpus": gpus,
+            "max_restarts": 0,
+            "scheduling_strategy": _where(kind, away_from),
+            **({"runtime_env": env} if env else {}),
+        }
+        return _host_class().options(**options).remote(_config(devices))
+
+
+class _Address(NamedTuple):
+    """The actor that hosts an object; see `Address`."""
+
+    name: str
+    handle: Any
+
+    def ask(self, method: str, *args: Any, lane: str = WORK) -> "_Reply":
+        """See `Address.ask`."""
+        call = self.handle.work if lane == WORK else self.handle.side
+        what = f"{self.name} ({method or 'start'})"
+        try:
+            return _Reply(what, call.remote(method, *args))
+        except (TypeError, AttributeError, RecursionError) as error:
+            raise _cannot_be_sent(what, error) from error
+        except Exception as error:
+            raise _store_error(what, error) from error
+
+
+class _Reply:
+    """See `Reply`."""
+
+    def __init__(self, what: str, ref: Any) -> None:
+        self._what, self._ref = what, ref
+
+    def result(self, timeout: float | None = None) -> Any:
+        """See `Reply.result`."""
+        ray = _ray()
+        errors = ray.exceptions
+        try:
+            return ray.get(self._ref, timeout=timeout)
+        except errors.GetTimeoutError:
+            raise Late(f"{self._what} has not answered for {timeout:g} s") from None
+        except errors.RayTaskError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, Exception):
+                raise cause from None
+            raise RuntimeError(f"{self._what} failed: {error}") from None
+        except errors.ObjectStoreFullError as error:
+            raise _store_error(self._what, error) from error
+        except (errors.RayActorError, errors.ObjectLostError) as error:
+            raise Gone(f"{self._what}: {str(error).splitlines()[0]}") from None
+        except errors.RayError as error:
+            raise Gone(f"{self._what}: {error}") from None
+
+    def then(self, call: Callable[["_Reply"], None]) -> None:
+        """See `Reply.then`."""
+        self._ref.future().add_done_callback(lambda _: call(self))
+
+
+class _Shared(NamedTuple):
+    """See `Shared`."""
+
+    ref: Any
+
+    def get(self) -> Any:
+        """See `Shared.get`."""
+        return _ray().get(self.ref)
+
+
+@functools.cache
+def _host_class() -> Any:
+    """The actor that hosts an object."""
+    ray = _ray()
+
+    class Host:
+        """A process with one object in it, which may be replaced by another."""
+
+        def __init__(self, config: dict[str, Any]) -> None:
+            import jax
+
+            for name, value in config.items():
+                jax.config.update(name, value)
+            self._object: Any = None
+
+        @ray.method(concurrency_group=WORK)
+        def work(self, method: str, *args: Any) -> Any:
+            if not method:
+                make, versions = args
+                _check_versions(versions)
+                self._object = None  # whose memory the next one may need
+                self._object = make()
+                return None
+            return getattr(self._object, method)(*args)
+
+        @ray.method(concurrency_group=SIDE)
+        def side(self, method: str, *args: Any) -> Any:
+            if method == "alive":  # for as long as the process is
+                threading.Event().wait()
+            if method == "node":
+                return ray.get_runtime_context().get_node_id()
+            return getattr(self._object, method)(*args)
+
+    return ray.remote(concurrency_groups={WORK: 1, SIDE: _SIDE_THREADS})(Host)
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "runtime=dbjax.Ray(...) needs Ray: pip install 'dbjax[ray]'"
+        ) from None
+    return ray
+
+
+def _connect(settings: Ray) -> None:
+    ray = _ray()
+    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    if settings.address == "local":
+        options |= {"num_cpus": cores(), "include_dashboard": False}
+    try:
+        ray.init(address=settings.address, namespace="dbjax", **options)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"no Ray cluster answers at address={settings.address!r}: start one with "
+            '`ray start --head`, or use address="local"'
+        ) from error
+    except (RuntimeError, ValueError) as error:
+        raise ConnectionError(
+            f"the Ray cluster at address={settings.address!r} cannot be joined: {error}"
+        ) from error
+
+
+def _config(devices: int) -> tuple[tuple[str, Any], ...]:
+    config = {name: getattr(jax.config, name, None) for name in _CONFIG}
+    if devices > 1 and jax.default_backend() == "cpu":
+        config["jax_num_cpu_devices"] = devices
+    return tuple((n, v) for n, v in config.items() if v is not None)
+
+
+def _where(kind: str, away_from: Any) -> Any:
+    ray = _ray()
+    if away_from is not None:
+        here = _node_of(away_from)
+        others = [
+            n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeID"] != here
+        ]
+        if others:
+            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+            return NodeAffinitySchedulingStrategy(others[0], soft=True)
+    return "SPREAD" if kind == "shard" else "DEFAULT"
+
+
+def _node_of(address: _Address) -> str:
+    return _ray().get(address.handle.side.remote("node"), timeout=60)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "Python": ".".join(map(str, sys.version_info[:2])),
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def _check_versions(driver: dict[str, str]) -> None:
+    """Raise where this process has other versions than the one that started it."""
+    for name, here in _versions().items():
+        if here != driver[name]:
+            raise RuntimeError(
+                f"this node has {name} {here}, the driver has {driver[name]}: all "
+                "machines of a run need the same"
+            )
+
+
+def _cannot_be_sent(what: str, error: Exception) -> TypeError:
+    return TypeError(
+        f"{what} cannot be sent to another process: {error}. Functions may use "
+        "modules, arrays and plain values, but no locks, files or devices"
+    )
+
+
+def _store_error(what: str, error: Exception) -> Exception:
+    errors = _ray().exceptions
+    full = errors.ObjectStoreFullError, errors.OutOfDiskError
+    if isinstance(error, full):
+        return MemoryError(
+            f"{what}: Ray's object store is full; give it more "
+            "(ray start --object-store-memory) or use more shards on more machines"
+        )
+    return error

@@ -1,0 +1,102 @@
+"""Objects in processes of their own, called by address: all that is asked of Ray.
+
+A process holds one object and has two lanes. Calls on `WORK` are carried out one at a
+time, in the order in which one caller sent them; those on `SIDE` beside them, several
+at once. Arrays in messages and replies are NumPy's; what arrives is read-only.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+WORK, SIDE = "work", "side"
+
+
+class Gone(RuntimeError):
+    """The process that was asked is no more, or cannot be reached."""
+
+
+class Late(TimeoutError):
+    """No answer has come in time."""
+
+
+class Reply(Protocol):
+    """An answer under way."""
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for it.
+
+        Raises:
+          Gone: whoever was asked is no more.
+          Late: after `timeout` seconds.
+          Exception: whatever the call has raised.
+        """
+        ...
+
+    def then(self, call: Callable[["Reply"], None]) -> None:
+        """Have `call(self)` called, briefly and in some thread, once it is there."""
+        ...
+
+
+class Address(Protocol):
+    """Where an object lives; may be sent to other processes."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in errors."""
+        ...
+
+    def ask(self, method: str, *args: Any, lane: str = WORK) -> Reply:
+        """Call a method of the object."""
+        ...
+
+
+class Shared(Protocol):
+    """A value that many processes read; sent as a reference."""
+
+    def get(self) -> Any:
+        """Give the value; its arrays are read-only, and in place where they can be."""
+        ...
+
+
+class Transport(Protocol):
+    """Starts processes and ends them."""
+
+    def share(self, what: str, value: Any) -> Shared:
+        """Put a value where all processes can read it.
+
+        Raises:
+          TypeError: it cannot be sent; names `what`.
+          MemoryError: it does not fit.
+        """
+        ...
+
+    def host(
+        self,
+        name: str,
+        make: Callable[[], Any],
+        *,
+        kind: str = "replica",
+        devices: int = 1,
+        away_from: Address | None = None,
+    ) -> tuple[Address, Reply]:
+        """Start a process, and in it the object `make()`.
+
+        Args:
+          name: of the address.
+          make: makes the object, in its process.
+          kind: "replica" or "shard": replicas are packed, shards spread.
+          devices: how many local devices the process is to have.
+          away_from: on another machine than this one, if there is another.
+
+        Returns:
+          Its address, which may be asked at once, and the reply that says it is there.
+        """
+        ...
+
+    def end(self, address: Address) -> None:
+        """Let a process go, which is not needed any more."""
+        ...
+
+    def kill(self, address: Address) -> None:
+        """End a process at once, whatever it does."""
+        ...
