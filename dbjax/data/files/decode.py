@@ -35,14 +35,14 @@ def decode(path: Path, size: int, fit: str) -> np.ndarray:
             # A JPEG is decoded at half, a quarter or an eighth, if that is enough.
             scale = size / min(image.size)
             image.draft("RGB", tuple(-int(-side * scale // 1) for side in image.size))
-            width, height = image.size
-            short = min(width, height) if fit == "crop" else None
-            wide, high = short or width, short or height
-            left, top = (width - wide) / 2, (height - high) / 2
-            square = _colours(image_lib, image).resize(
-                (size, size),
-                image_lib.Resampling.BILINEAR,
-                box=(left, top, left + wide, top + high),
+            if fit == "crop":  # first, so that no pixel beyond the square is averaged
+                short = min(image.size)
+                left, top = ((side - short) // 2 for side in image.size)
+                square = image.crop((left, top, left + short, top + short))
+            else:
+                square = image
+            square = _colours(image_lib, square).resize(
+                (size, size), image_lib.Resampling.BILINEAR
             )
             return np.asarray(square)
     except FileNotFoundError:

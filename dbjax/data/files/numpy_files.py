@@ -53,11 +53,11 @@ def _load(path: pathlib.Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} is empty")
     damaged = (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile, zlib.error)
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            found = {"": loaded}
-        else:
-            with loaded:
+        with open(path, "rb") as file:  # NumPy would leave a damaged one open
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                found = {"": loaded}
+            else:
                 found = {name: loaded[name] for name in loaded.files}
     except damaged as error:
         raise ValueError(
