@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,22 @@ class PortionData(Protocol):
         ...
 
 
+class Programs(NamedTuple):
+    """What is compiled of a loss, made by `make_programs`.
+
+    Attributes:
+      compute: `compute(params, batch, portion, squares) -> value, square, gradients`,
+        the means of a portion.
+      keep: `keep(accrued or None, gradients, examples) -> accrued`, a sum.
+      both: `both(accrued or None, params, batch, portion, examples, squares) ->
+        accrued, value, square`, one after the other as one program.
+    """
+
+    compute: Callable[..., tuple[jax.Array, jax.Array, Gradients]]
+    keep: Callable[..., Gradients]
+    both: Callable[..., tuple[Gradients, jax.Array, jax.Array]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """A loss and its portions.
@@ -37,11 +53,9 @@ class Problem:
     Attributes:
       data: the portions.
       examples: how many each portion has, `[portions]`.
-      compute: `compute(params, batch, portion, squares) -> value, square, gradients`,
-        the means of a portion.
-      keep: `keep(accrued or None, gradients, examples) -> accrued`, a sum.
-      both: `both(accrued or None, params, batch, portion, examples, squares) ->
-        accrued, value, square`, one after the other as one program.
+      compute: see `Programs`, as are `keep` and `both`.
+      keep: a sum.
+      both: one after the other as one program.
       places: `[k]` the devices of a replica each, which replicas share if there are
         more of them; none where replicas have no devices of their own.
       rules: how parameters lie on these.
@@ -135,7 +149,38 @@ def make_problem(
     options = {"rng": rng, "has_aux": has_aux, "seed": seed}
     with turn(places[0]) if places else contextlib.nullcontext():
         check_loss(loss_fn, params, data.portion(0), finite=False, **options)
-    value_and_grad = jax.value_and_grad(make_loss(loss_fn, **options))
+    return Problem(
+        data,
+        examples,
+        *make_programs(loss_fn, specs=specs, **options),
+        places=places,
+        rules=rules,
+        placement=placement,
+    )
+
+
+def make_programs(
+    loss_fn: LossFn,
+    *,
+    rng: bool = False,
+    has_aux: bool = False,
+    seed: int = 0,
+    specs: Any = None,
+) -> Programs:
+    """Make what is compiled of a loss, which was checked.
+
+    Args:
+      loss_fn: see `minimize`, as are `rng`, `has_aux` and `seed`.
+      rng: whether it takes a key.
+      has_aux: whether it returns more than a value.
+      seed: of the keys.
+      specs: tree of how gradients lie on a mesh.
+
+    Returns:
+      The jitted functions.
+    """
+    loss = make_loss(loss_fn, rng=rng, has_aux=has_aux, seed=seed)
+    value_and_grad = jax.value_and_grad(loss)
 
     def compute(params: Params, batch: Batch, portion: Any, squares: bool) -> Any:
         value, gradients = value_and_grad(params, batch, portion)
@@ -161,9 +206,7 @@ def make_problem(
         value, square, gradients = compute(params, batch, portion, squares)
         return keep(accrued, gradients, examples), value, square
 
-    return Problem(
-        data=data,
-        examples=examples,
+    return Programs(
         compute=jax.jit(
             compute,
             static_argnums=3,
@@ -176,9 +219,6 @@ def make_problem(
             donate_argnums=0,
             out_shardings=None if specs is None else (specs, None, None),
         ),
-        places=places,
-        rules=rules,
-        placement=placement,
     )
 
 

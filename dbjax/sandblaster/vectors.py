@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,6 @@ from dbjax.runtime.served import Served
 from dbjax.sandblaster import vector_shard
 from dbjax.sandblaster.messages import (
     Add,
-    Added,
     Copy,
     Dots,
     Elementwise,
@@ -36,14 +35,16 @@ from dbjax.server.layout import Layout
 from dbjax.server.placement import Placement
 from dbjax.typing import Params
 
+Record: TypeAlias = Callable[[int, Any], None]
+
 
 class Vectors:
     """Named vectors, wherever they live.
 
     Args:
-      ask: `ask(shard, command, record)` sends a command to a shard and gives its reply;
-        `record(reply)`, if not None, is called before the shard takes another. It may
-        be called from several threads.
+      ask: `ask(commands, record)` sends shards a command each, by shard, and gives
+        their replies; `record(shard, reply)`, if not None, is called before that shard
+        takes another. It may be called from several threads.
       split: cuts a tree into one part per shard.
       merge: puts the parts together again.
       shards: how many there are, `S`.
@@ -57,7 +58,7 @@ class Vectors:
 
     def __init__(
         self,
-        ask: Callable[[int, Command, Callable[[Any], None] | None], Reply],
+        ask: Callable[[Mapping[int, Command], Record | None], Sequence[Reply]],
         split: Callable[[Params], tuple[Params, ...]],
         merge: Callable[[tuple[Params, ...]], Params],
         shards: int = 1,
@@ -67,7 +68,7 @@ class Vectors:
 
     def tell(self, message: Command) -> Sequence[Reply]:
         """Send the same command to every shard; give their replies `[S]`."""
-        return [self._ask(shard, message, None) for shard in range(self.shards)]
+        return self._ask(dict.fromkeys(range(self.shards), message), None)
 
     def dots(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """Give inner products of pairs of vectors, all in one round.
@@ -121,7 +122,7 @@ class Vectors:
         life: int,
         id_: int,
         shards: Sequence[int] | None = None,
-        record: Callable[[int, Added], None] | None = None,
+        record: Record | None = None,
     ) -> None:
         """Add a replica's accrued sum to a vector, on each shard at most once.
 
@@ -135,10 +136,9 @@ class Vectors:
           record: is given each shard and its reply before that shard adds another sum.
         """
         parts = self._split(gradients)
-        for shard in range(self.shards) if shards is None else shards:
-            message = Add(into, parts[shard], replica, life, id_)
-            note = None if record is None else functools.partial(record, shard)
-            self._ask(shard, message, note)
+        to = range(self.shards) if shards is None else shards
+        adds = {shard: Add(into, parts[shard], replica, life, id_) for shard in to}
+        self._ask(adds, record)
 
     def fence(self, replica: int, life: int) -> tuple[int, ...]:
         """Let no shard take anything more from a replica's life.
@@ -160,8 +160,8 @@ class Vectors:
 
     def put(self, into: str, tree: Params) -> None:
         """Set a vector from a whole tree: for the start, not for iterations."""
-        for shard, part in enumerate(self._split(tree)):
-            self._ask(shard, Put(into, part), None)
+        parts = self._split(tree)
+        self._ask({s: Put(into, part) for s, part in enumerate(parts)}, None)
 
     def get(self, name: str) -> Params:
         """Give a whole vector: for the end, not for iterations."""
@@ -299,10 +299,15 @@ def _held(
         Served(VectorsState(), functools.partial(vector_shard.handle, kernels=kernels))
         for _ in range(shards)
     ]
-    return Vectors(
-        lambda shard, message, record: served[shard](message, record),
-        *(split, merge, shards),
-    )
+
+    def ask(commands: Mapping[int, Command], record: Record | None) -> list[Reply]:
+        notes = {
+            shard: None if record is None else functools.partial(record, shard)
+            for shard in commands
+        }
+        return [served[s](command, notes[s]) for s, command in commands.items()]
+
+    return Vectors(ask, split, merge, shards)
 
 
 def _own(tree: Params) -> Params:
