@@ -31,6 +31,7 @@ from dbjax.optim import scale_by_lbfgs as scale_by_lbfgs
 from dbjax.optim import stale as stale
 from dbjax.optim import stale_params as stale_params
 from dbjax.runtime.emulated import Emulated as Emulated
+from dbjax.runtime.ray import Ray as Ray
 from dbjax.runtime.threads import Threads as Threads
 from dbjax.sandblaster import LBFGS as LBFGS
 from dbjax.sandblaster import OWLQN as OWLQN
@@ -60,6 +61,7 @@ __all__ = [
     "OWLQN",
     "Pareto",
     "ProgressiveBatch",
+    "Ray",
     "Slow",
     "Slowness",
     "Threads",

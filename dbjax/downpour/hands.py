@@ -30,7 +30,7 @@ class ReplicaHands:
         """Take the shards' parameters: they replace the replica's own."""
         if self.accrued_count and "stale_params" in self.problem.provide:
             # The oldest version is let go now, but its push is yet to come.
-            self.base = [Fetched(copy(one.params), one.version) for one in self.base]
+            self.base = [one._replace(params=copy(one.params)) for one in self.base]
         self.fetched = fetched
         parts = tuple(self.problem.publish(one.params) for one in fetched)
         self.params = self.problem.fetch(parts, self.replica)
@@ -67,6 +67,7 @@ class ReplicaHands:
                 base=base.version,
                 taken=self.finite,
                 stale_params=self._seen(base.params),
+                origin=base.incarnation,
             )
             for part, base in zip(parts, self.base, strict=True)
         ]

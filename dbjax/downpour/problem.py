@@ -38,7 +38,8 @@ class Problem:
     larger; the jitted `gradient`, `accrue`, `split`, `merge`, `local_step` and `shard`
     are what live replicas and the exact executor call, one after the other. Where
     replicas are partitioned, `placement` says how, and programs on the devices of a
-    replica go through `call`.
+    replica go through `call`. `recipe` is what `assemble` was given beside parameters,
+    data and places: another process makes the same of it.
     """
 
     params: Params
@@ -60,6 +61,7 @@ class Problem:
     per_shard: bool
     seed: int | None
     batch_spec: tuple[Any, ...]
+    recipe: dict[str, Any]
     placement: Placement | None = None
     rules: Rules | None = None
 
@@ -199,6 +201,38 @@ def make_problem(
     first = data.batch(0, 0)
     with contextlib.nullcontext() if placement is None else turn(placement.mesh(0)):
         check_loss(loss_fn, params, first, rng=rng, has_aux=has_aux, seed=seed)
+    return assemble(
+        params, data, layout, placement, shapes_of(first), loss_fn=loss_fn,
+        optimizer=optimizer, provide=provide, local_optimizer=local_optimizer,
+        per_shard=per_shard, version_dtype=version_dtype, rng=rng, has_aux=has_aux,
+        seed=seed, rules=rules,
+    )  # fmt: skip
+
+
+def assemble(
+    params: Params,
+    data: Data,
+    layout: Layout,
+    placement: Placement | None,
+    batch_spec: tuple[Any, ...],
+    **recipe: Any,
+) -> Problem:
+    """Make the jitted pieces of what `make_problem` has checked.
+
+    Args:
+      params: the first parameters, the problem's own; None where others hold them.
+      data: gives minibatches.
+      layout: how parameters lie on shards.
+      placement: how they lie on replicas' partitions, if they do.
+      batch_spec: shapes of a minibatch.
+      **recipe: arguments of `make_problem` that are left.
+
+    Returns:
+      The problem.
+    """
+    loss_fn, optimizer = recipe["loss_fn"], recipe["optimizer"]
+    local_optimizer, rng = recipe["local_optimizer"], recipe["rng"]
+    has_aux, seed = recipe["has_aux"], recipe["seed"]
     gradient_fn = make_gradient(loss_fn, rng=rng, has_aux=has_aux, seed=seed)
 
     def gradient(params: Params, batch: Batch, replica: Any, index: Any) -> Any:
@@ -223,9 +257,9 @@ def make_problem(
         params=params,
         data=data,
         layout=layout,
-        shard=make_shard(optimizer, provide),
+        shard=make_shard(optimizer, recipe["provide"]),
         optimizer=optimizer,
-        provide=provide,
+        provide=recipe["provide"],
         gradient_fn=gradient_fn,
         gradient=(
             jax.jit(gradient)
@@ -241,12 +275,13 @@ def make_problem(
         local_optimizer=local_optimizer,
         local_init=None if local_optimizer is None else jax.jit(local_optimizer.init),
         local_step=None if local_optimizer is None else jax.jit(local_step),
-        version_dtype=version_dtype,
-        per_shard=per_shard,
+        version_dtype=recipe["version_dtype"],
+        per_shard=recipe["per_shard"],
         seed=seed if rng else None,
-        batch_spec=shapes_of(first),
+        batch_spec=batch_spec,
+        recipe=recipe,
         placement=placement,
-        rules=rules,
+        rules=recipe["rules"],
     )
 
 

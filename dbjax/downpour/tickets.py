@@ -132,6 +132,14 @@ class Tickets:
             self.clocks.tick(replica)
         self._finish()
 
+    def give_back(self, step: int) -> None:
+        """A replica died before it had computed a step: another one will."""
+        self._again.append(step)
+
+    def is_empty(self) -> bool:
+        """Whether there is no step left to hand out."""
+        return not self._again and self.next >= self.steps
+
     def lost(self, replica: int) -> None:
         """A replica failed with a ticket in hand: the minibatch is lost."""
         self._finish()

@@ -1,4 +1,4 @@
-"""`train`: Downpour SGD, emulated or on threads, from loss to parameters."""
+"""`train`: Downpour SGD, emulated, on threads or on Ray, from loss to parameters."""
 
 import os
 from typing import Any
@@ -14,6 +14,7 @@ from dbjax.downpour.protocol import Protocol, asynchronous
 from dbjax.downpour.run import Run
 from dbjax.mesh import Rules
 from dbjax.runtime.emulated import Emulated
+from dbjax.runtime.ray import Ray
 from dbjax.runtime.threads import Threads
 from dbjax.typing import Data, EvalFn, LossFn, Params
 
@@ -48,7 +49,7 @@ def train(
     eval_every: int | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
-    runtime: Emulated | Threads | None = None,
+    runtime: Emulated | Threads | Ray | None = None,
 ) -> Run:
     """Train with Downpour SGD: replicas run on their own against a sharded server.
 
@@ -88,7 +89,7 @@ def train(
       eval_every: minibatches between evaluations; the end is always evaluated.
       checkpoint_dir: where to save, and where to go on from.
       checkpoint_every: minibatches between checkpoints; a tenth of `steps` by default.
-      runtime: `Emulated(cluster, seed)`, the default, or `Threads()`.
+      runtime: `Emulated(cluster, seed)`, the default, `Threads()` or `Ray()`.
 
     Returns:
       The run: `params`, `optimizer_state` (one entry per shard), `trace`, `info`.
@@ -123,6 +124,8 @@ def train(
     )  # fmt: skip
     if isinstance(runtime, Emulated):
         return run_emulated(problem, arguments, runtime)
-    if isinstance(runtime, Threads):
-        return Live(problem, arguments, runtime).run()
-    raise ValueError(f"runtime must be Emulated(...) or Threads(...), got {runtime!r}")
+    if isinstance(runtime, Threads | Ray):
+        return Live(problem, arguments, runtime, split).run()
+    raise ValueError(
+        f"runtime must be Emulated(...), Threads(...) or Ray(...), got {runtime!r}"
+    )

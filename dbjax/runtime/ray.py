@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import math
 import sys
 import threading
@@ -188,15 +189,9 @@ class Session:
                     "lower replica_cpus, shard_cpus or replica_gpus"
                 )
 
-    def share(self, what: str, value: Any) -> "_Shared":
+    def share(self, what: str, value: Any, keyed: bool = False) -> "_Shared":
         """See `Transport.share`."""
-        ray = _ray()
-        try:
-            return _Shared(ray.put(value))
-        except (TypeError, AttributeError, RecursionError) as error:
-            raise _cannot_be_sent(what, error) from error
-        except Exception as error:
-            raise _store_error(what, error) from error
+        return share(what, value, keyed)
 
     def host(
         self,
@@ -298,7 +293,7 @@ class _Reply:
         except errors.ObjectStoreFullError as error:
             raise _store_error(self._what, error) from error
         except (errors.RayActorError, errors.ObjectLostError) as error:
-            raise Gone(f"{self._what}: {str(error).splitlines()[0]}") from None
+            raise Gone(f"{self._what}: {error}") from None
         except errors.RayError as error:
             raise Gone(f"{self._what}: {error}") from None
 
@@ -307,14 +302,47 @@ class _Reply:
         self._ref.future().add_done_callback(lambda _: call(self))
 
 
-class _Shared(NamedTuple):
-    """See `Shared`."""
+class _Shared:
+    """See `Shared`; equal if what was pickled is."""
 
-    ref: Any
+    def __init__(self, ref: Any, key: str) -> None:
+        self._ref, self._key = ref, key
 
-    def get(self) -> Any:
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Shared) and other._key == self._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def get(self, timeout: float | None = None) -> Any:
         """See `Shared.get`."""
-        return _ray().get(self.ref)
+        return _Reply("a shared value", self._ref).result(timeout)
+
+
+def share(what: str, value: Any, keyed: bool = False) -> _Shared:
+    """Put a value where all processes can read it, from any of them.
+
+    Args:
+      what: what it is, for errors.
+      value: anything that pickles.
+      keyed: whether references to equal values are to be equal; it is small then.
+
+    Returns:
+      A reference to it.
+
+    Raises:
+      TypeError: it cannot be sent.
+      MemoryError: it does not fit.
+    """
+    ray = _ray()
+    try:
+        pickled = ray.cloudpickle.dumps(value) if keyed else b""
+        ref = ray.put(value)
+        return _Shared(ref, hashlib.sha256(pickled).hexdigest() if keyed else ref.hex())
+    except (TypeError, AttributeError, RecursionError) as error:
+        raise _cannot_be_sent(what, error) from error
+    except Exception as error:
+        raise _store_error(what, error) from error
 
 
 @functools.cache
@@ -325,10 +353,10 @@ def _host_class() -> Any:
     class Host:
         """A process with one object in it, which may be replaced by another."""
 
-        def __init__(self, config: dict[str, Any]) -> None:
+        def __init__(self, config: tuple[tuple[str, Any], ...]) -> None:
             import jax
 
-            for name, value in config.items():
+            for name, value in config:
                 jax.config.update(name, value)
             self._object: Any = None
 
@@ -425,9 +453,11 @@ def _check_versions(driver: dict[str, str]) -> None:
 
 
 def _cannot_be_sent(what: str, error: Exception) -> TypeError:
+    lines = [line for line in str(error).splitlines() if "cannot pickle" in line]
+    why = lines[0].removeprefix("!!! FAIL serialization: ") if lines else str(error)
     return TypeError(
-        f"{what} cannot be sent to another process: {error}. Functions may use "
-        "modules, arrays and plain values, but no locks, files or devices"
+        f"{what} cannot be sent to another process: {why}. Functions may use modules, "
+        "arrays and plain values, but no locks, files or devices"
     )
 
 

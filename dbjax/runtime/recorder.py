@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 COLUMNS = (
-    "kind time start replica shard step batch version base count status bytes id"
+    "kind time start replica shard step batch version base count status bytes id "
+    "incarnation"
 ).split()
 
 
@@ -14,31 +15,46 @@ class Recorder:
 
     Args:
       offset: seconds that the run has lasted already, where it is resumed.
+      zero: when the run began, by the clock that all machines share (`time.time`); None
+        for now, by the clock of this process, which is never set.
 
     Attributes:
-      zero: when the run began, on this process's clock.
       rows: one value for each of `COLUMNS`.
       digests: `(shard, version, checksum)` of some versions.
     """
 
-    def __init__(self, offset: float = 0.0) -> None:
-        self.zero = time.perf_counter() - offset
+    def __init__(self, offset: float = 0.0, zero: float | None = None) -> None:
+        if zero is None:
+            self._zero = time.perf_counter() - offset
+        else:
+            self._zero = time.perf_counter() - (time.time() - zero)
         self.rows: list[Sequence[Any]] = []
         self.digests: list[tuple[int, int, int]] = []
 
     def now(self) -> float:
         """Seconds since the run began."""
-        return time.perf_counter() - self.zero
+        return time.perf_counter() - self._zero
+
+    def zero(self) -> float:
+        """When the run began, by the clock that all machines share."""
+        return time.time() - self.now()
+
+    def make_row(
+        self, kind: int, replica: int, start: float | None = None, **columns: int
+    ) -> list[Any]:
+        """Make a row that ends now, for whoever keeps it."""
+        self.add(kind, replica, self.now() if start is None else start, **columns)
+        return self.rows.pop()  # type: ignore[return-value]
 
     def add(
         self, kind: int, replica: int, start: float, shard: int = -1, step: int = -1,
         batch: int = -1, version: int = -1, base: int = -1, count: int = 0,
-        status: int = 0, nbytes: int = 0, id_: int = -1,
+        status: int = 0, nbytes: int = 0, id_: int = -1, incarnation: int = 0,
     ) -> list[Any]:  # fmt: skip
         """Append a row that ends now; give it, for what turns out about it later."""
         row = [
             kind, self.now(), start, replica, shard, step, batch, version, base, count,
-            status, nbytes, id_,
+            status, nbytes, id_, incarnation,
         ]  # fmt: skip
         self.rows.append(row)
         return row

@@ -193,8 +193,10 @@ class Crew:
             with self.change:
                 self.program.tickets.leave(replica)
                 self.alive -= 1
+                last = not self.alive
                 self.change.notify_all()
-            self.events.put(("left", replica))
+            if last:
+                self.events.put(("over", None))
 
     def _live_through(self, replica: int, life: Life) -> None:
         """Live, to the last push."""

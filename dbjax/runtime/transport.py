@@ -15,6 +15,10 @@ class Gone(RuntimeError):
     """The process that was asked is no more, or cannot be reached."""
 
 
+class Deposed(Gone):
+    """The process is there, but another one has taken its place."""
+
+
 class Late(TimeoutError):
     """No answer has come in time."""
 
@@ -53,16 +57,23 @@ class Address(Protocol):
 class Shared(Protocol):
     """A value that many processes read; sent as a reference."""
 
-    def get(self) -> Any:
-        """Give the value; its arrays are read-only, and in place where they can be."""
+    def get(self, timeout: float | None = None) -> Any:
+        """Give the value; its arrays are read-only, and in place where they can be.
+
+        Raises:
+          Gone: it was lost with the process that shared it.
+          Late: after `timeout` seconds.
+        """
         ...
 
 
 class Transport(Protocol):
     """Starts processes and ends them."""
 
-    def share(self, what: str, value: Any) -> Shared:
+    def share(self, what: str, value: Any, keyed: bool = False) -> Shared:
         """Put a value where all processes can read it.
+
+        References to equal values are equal if `keyed`.
 
         Raises:
           TypeError: it cannot be sent; names `what`.

@@ -23,10 +23,12 @@ class Fetched(NamedTuple):
     Attributes:
       params: the shard's parameters; whoever holds them must not change them.
       version: the version they are.
+      incarnation: the shard's incarnation that it is a version of.
     """
 
     params: Params
     version: int
+    incarnation: int = 0
 
 
 class Push(NamedTuple):
@@ -40,6 +42,7 @@ class Push(NamedTuple):
       base: the shard's version that the oldest of them was computed on.
       taken: False where the push counts a version and changes nothing.
       stale_params: the parameters of version `base`, for rules that ask for them.
+      origin: the shard's incarnation that `base` is a version of.
     """
 
     replica: int
@@ -49,6 +52,7 @@ class Push(NamedTuple):
     base: int
     taken: bool = True
     stale_params: Params = None
+    origin: int = 0
 
 
 class Pushed(NamedTuple):

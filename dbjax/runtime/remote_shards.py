@@ -1,0 +1,360 @@
+"""The driver's view of the shards: where they live, their standbys, their deaths."""
+
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from dbjax.runtime.live_shard import Snapshot
+from dbjax.runtime.parcels import Answer, Held
+from dbjax.runtime.recorder import COLUMNS, Recorder
+from dbjax.runtime.transport import SIDE, Address, Gone, Late, Reply, Transport
+from dbjax.server.shard import ShardState
+from dbjax.trace import FAIL, RESTART
+
+_AT = {name: place for place, name in enumerate(COLUMNS)}
+
+
+class Loss(NamedTuple):
+    """A shard that was restored from a copy.
+
+    Attributes:
+      shard: which.
+      version: that of the copy.
+      updates: how many pushes it had handled after that.
+      rows: FAIL and RESTART, of the Trace.
+    """
+
+    shard: int
+    version: int
+    updates: int
+    rows: tuple[Any, Any]
+
+
+class RemoteShards:
+    """Shards as processes; replaces those that die.
+
+    Args:
+      transport: starts processes.
+      make: `make(shard, held)` gives what makes a `ShardHost` in its process.
+      begin: what each shard begins with.
+      standby: whether each has one.
+      timeout: seconds until one must have answered.
+      recorder: for the clock.
+      when: has a function called by the driver's thread when a reply is there.
+      moved: told `(shard, address)` when one has moved.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        make: Callable[[int, Held], Callable[[], Any]],
+        begin: list[Held],
+        standby: bool,
+        timeout: float,
+        recorder: Recorder,
+        when: Callable[[Reply, Callable[[Reply], None]], None],
+        moved: Callable[[int, Address], None],
+    ) -> None:
+        self._transport, self._make, self._timeout = transport, make, timeout
+        self._wants_standby, self._recorder = standby, recorder
+        self._when, self._moved = when, moved
+        self._copies = list(begin)
+        self._homes: list[Address] = []
+        self._standbys: list[Address | None] = [None] * len(begin)
+        self._coming: list[Address | None] = [None] * len(begin)
+        self._held_back: list[list[Callable[[], None]]] = [[] for _ in begin]
+        self._change = threading.Condition()
+        self.moving: set[int] = set()
+        self.lives: dict[int, int] = {}
+        self.losses: list[Loss] = []
+        self.promotions = self.deaths = 0
+        self._newest = [held.version for held in begin]
+        self._incarnations = [held.incarnation for held in begin]
+        self._acknowledged: dict[tuple[int, int], int] = {}
+        self._known: list[dict[tuple[int, int], Any]] = [{} for _ in begin]
+        self._ended = False
+
+    def __len__(self) -> int:
+        """Count them."""
+        return len(self._copies)
+
+    # In the thread of whoever runs.
+
+    def start(self) -> None:
+        """Start all, and wait until they are there."""
+        hosted = [self._host(shard, self._copies[shard]) for shard in range(len(self))]
+        self._homes = [address for address, _ in hosted]
+        for _, reply in hosted:
+            reply.result(self._timeout)
+        for shard in range(len(self)):
+            self._watch(shard, self._homes[shard])
+        if not self._wants_standby:
+            return
+        hosted = [self._host(s, self._copies[s], away=True) for s in range(len(self))]
+        for shard, (address, reply) in enumerate(hosted):
+            reply.result(self._timeout)
+            self._homes[shard].ask("adopt", address).result(self._timeout)
+            self._standbys[shard] = address
+            self._watch(shard, address)
+
+    def end(self) -> None:
+        """Let all go."""
+        self._ended = True
+        for address in [*self._homes, *self._standbys, *self._coming]:
+            if address is not None:
+                self._transport.end(address)
+        self._homes = []
+
+    def addresses(self) -> tuple[Address, ...]:
+        """Where they live now."""
+        with self._change:
+            return tuple(self._homes)
+
+    def ask_all_to_show(self) -> list[Reply]:
+        """Ask for the newest versions of all."""
+        return [a.ask("fetch", lane=SIDE) for a in self.addresses()]
+
+    def snapshot(self, step: int, now: float, asked: list[Reply]) -> Snapshot:
+        """Wait for the newest versions that all were asked for."""
+        states = []
+        for shard, reply in enumerate(asked):
+            answer = self._patiently(shard, reply, "fetch", SIDE, self._with_params)
+            states.append(ShardState(answer.params, None, answer.version))
+        return Snapshot(step, now, tuple(states), lambda: None)
+
+    def collect(self) -> list[Held]:
+        """Give all they hold, while no push is under way; their logs begin anew."""
+        asked = [address.ask("collect") for address in self.addresses()]
+        held = [self._patiently(s, reply, "collect") for s, reply in enumerate(asked)]
+        for shard, one in enumerate(held):
+            self._copies[shard] = one._replace(log=(), digests=())
+            for row in one.log:
+                self._know(row)
+        return held
+
+    def lines(self) -> list[list[Any]]:
+        """Give each shard's rows in its order, and forget them."""
+        lines = []
+        for shard, known in enumerate(self._known):
+            line = [known[key] for key in sorted(known)]
+            for loss in self.losses:
+                if loss.shard == shard and loss.rows:
+                    incarnation = loss.rows[1][_AT["incarnation"]]
+                    at = sum(row[_AT["incarnation"]] < incarnation for row in line)
+                    line[at:at] = loss.rows
+            lines.append(line)
+        self._known = [{} for _ in self._known]
+        self.losses = [loss._replace(rows=()) for loss in self.losses]
+        return lines
+
+    def _with_params(self, answer: Answer) -> Answer:
+        return answer._replace(params=answer.params.get(self._timeout))
+
+    def _patiently(
+        self,
+        shard: int,
+        reply: Reply,
+        method: str,
+        lane: str = "work",
+        finish: Callable[[Any], Any] = lambda answer: answer,
+    ) -> Any:
+        """Wait for an answer; ask again where the shard has moved meanwhile."""
+        while True:
+            asked = self.addresses()[shard]
+            try:
+                return finish(reply.result(self._timeout))
+            except Gone:
+                pass
+            with self._change:
+                there = self._change.wait_for(
+                    lambda asked=asked: (
+                        self._homes[shard] is not asked and shard not in self.moving
+                    ),
+                    self._timeout,
+                )
+            if not there:
+                raise Late(f"shard {shard} has not come back for {self._timeout:g} s")
+            reply = self.addresses()[shard].ask(method, lane=lane)
+
+    # In the driver's thread.
+
+    def ask(
+        self, calls: dict[int, tuple[str, tuple[Any, ...]]], then: Callable[..., None]
+    ) -> None:
+        """Ask some shards, however often they move; `then({shard: answer})`."""
+        answers: dict[int, Any] = {}
+        if not calls:
+            then(answers)
+
+        def send(shard: int) -> None:
+            method, args = calls[shard]
+            if shard in self.moving:
+                self._held_back[shard].append(lambda: send(shard))
+                return
+            home = self._homes[shard]
+            self._when(home.ask(method, *args), lambda reply: got(shard, home, reply))
+
+        def got(shard: int, home: Address, reply: Reply) -> None:
+            try:
+                answers[shard] = reply.result(self._timeout)
+            except Gone:
+                if self._homes[shard] is home:  # of whose death is yet to be heard
+                    self._held_back[shard].append(lambda: send(shard))
+                else:
+                    send(shard)
+                return
+            if len(answers) == len(calls):
+                then(answers)
+
+        for shard in calls:
+            send(shard)
+
+    def copy(self) -> None:
+        """Have each shard copied, to be restored from if it dies."""
+
+        def keep(shard: int, reply: Reply) -> None:
+            try:
+                held = reply.result(self._timeout)
+            except (Gone, Late):
+                return
+            if held.incarnation == self._incarnations[shard]:
+                self._copies[shard] = held
+
+        if self._wants_standby:
+            return
+        for shard, home in enumerate(self._homes):
+            self._when(home.ask("held"), lambda reply, shard=shard: keep(shard, reply))
+
+    def heard(self, row: Any) -> bool:
+        """Take note of a push that was handled; whether it is news."""
+        shard, replica = row[_AT["shard"]], row[_AT["replica"]]
+        key = replica, shard
+        self._acknowledged[key] = max(self._acknowledged.get(key, -1), row[_AT["id"]])
+        if row[_AT["incarnation"]] == self._incarnations[shard]:
+            self._newest[shard] = max(self._newest[shard], row[_AT["version"]])
+        return self._know(row)
+
+    def _know(self, row: Any) -> bool:
+        key = row[_AT["incarnation"]], row[_AT["version"]]
+        known = self._known[row[_AT["shard"]]]
+        return known.setdefault(key, row) is row
+
+    def acknowledged(self, replica: int) -> list[int]:
+        """By shard: the last push of a replica that is known to be handled."""
+        return [self._acknowledged.get((replica, s), -1) for s in range(len(self))]
+
+    def _host(
+        self, shard: int, held: Held, away: bool = False
+    ) -> tuple[Address, Reply]:
+        name = f"shard {shard}" + (" (standby)" if away else "")
+        home = self._homes[shard] if away else None
+        make = self._make(shard, held)
+        return self._transport.host(name, make, kind="shard", away_from=home)
+
+    def _watch(self, shard: int, address: Address) -> None:
+        alive = address.ask("alive", lane=SIDE)
+        self._when(alive, lambda reply: self._died(shard, address))
+
+    def _died(self, shard: int, address: Address) -> None:
+        if self._ended:
+            return
+        if address is self._standbys[shard]:
+            self.deaths += 1
+            self._standbys[shard] = None
+            self._homes[shard].ask("forsake", lane=SIDE)
+            self._find_standby(shard)
+        elif address is self._homes[shard] and shard not in self.moving:
+            self.deaths += 1
+            with self._change:
+                self.moving.add(shard)
+            # One that was to be adopted may have been.
+            standby = self._standbys[shard] or self._coming[shard]
+            self._standbys[shard] = self._coming[shard] = None
+            if standby is not None:
+                self._promote(shard, standby)
+            else:
+                self._restore(shard)
+
+    def _promote(self, shard: int, address: Address, restored: bool = False) -> None:
+        """Let a process take a shard's place."""
+
+        def promoted(reply: Reply) -> None:
+            try:
+                followed = reply.result(self._timeout)
+            except (Gone, Late):  # that one, too
+                followed = None
+            if followed is None or not (followed or restored):
+                self._transport.kill(address)
+                self._restore(shard)
+                return
+            self.promotions += not restored
+            with self._change:
+                self._homes[shard] = address
+                self.moving.discard(shard)
+                self._change.notify_all()
+            self._moved(shard, address)
+            held_back, self._held_back[shard] = self._held_back[shard], []
+            for send in held_back:
+                send()
+            if self._wants_standby:
+                self._find_standby(shard)
+
+        self._when(address.ask("promote", dict(self.lives)), promoted)
+
+    def _restore(self, shard: int) -> None:
+        """Make a shard anew from its copy; say how many updates that loses."""
+        copy = self._copies[shard]
+        incarnation = self._incarnations[shard] = self._incarnations[shard] + 1
+        lost = max(0, self._newest[shard] - copy.version)
+        self._newest[shard] = copy.version
+        rows = tuple(
+            self._recorder.make_row(
+                kind, -1, shard=shard, version=copy.version, count=count,
+                incarnation=incarnation,
+            )
+            for kind, count in ((FAIL, lost), (RESTART, 0))
+        )  # fmt: skip
+        self.losses.append(Loss(shard, copy.version, lost, (rows[0], rows[1])))
+        held = copy._replace(
+            incarnation=incarnation, origins=(*copy.origins, copy.version)
+        )
+        self._copies[shard] = held
+        address, reply = self._host(shard, held)
+
+        def there(reply: Reply) -> None:
+            try:
+                reply.result(self._timeout)
+            except (Gone, Late):
+                self._restore(shard)
+                return
+            self._promote(shard, address, restored=True)
+            self._watch(shard, address)
+
+        self._when(reply, there)
+
+    def _find_standby(self, shard: int) -> None:
+        """Start another standby, and let the shard adopt it."""
+        if self._ended or shard in self.moving:
+            return
+        address, reply = self._host(shard, self._copies[shard], away=True)
+        self._coming[shard] = address
+
+        def there(reply: Reply) -> None:
+            try:
+                reply.result(self._timeout)
+            except (Gone, Late):
+                return
+            home = self._homes[shard]
+            if shard not in self.moving:
+                self._when(home.ask("adopt", address), adopted)
+
+        def adopted(reply: Reply) -> None:
+            try:
+                reply.result(self._timeout)
+            except (Gone, Late):
+                return
+            if self._coming[shard] is address:
+                self._coming[shard], self._standbys[shard] = None, address
+                self._watch(shard, address)
+
+        self._when(reply, there)
