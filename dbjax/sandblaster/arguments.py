@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from dbjax.data import checks
 from dbjax.mesh import REPLICA, Rules
 from dbjax.runtime.emulated import Emulated
+from dbjax.runtime.ray import Ray
 from dbjax.runtime.threads import Threads
 from dbjax.sandblaster.batches import Batches
 from dbjax.sandblaster.methods.base import Method
@@ -39,7 +40,7 @@ class Arguments(NamedTuple):
     eval_every: int
     checkpoint_dir: pathlib.Path | None
     checkpoint_every: int
-    runtime: Emulated | Threads
+    runtime: Emulated | Threads | Ray
 
     def describe(self) -> dict[str, Any]:
         """Those that decide what a run does, JSON-able."""
@@ -54,6 +55,10 @@ class Arguments(NamedTuple):
             "strategy": self.strategy,
             "copies": self.copies,
         }
+
+    def describe_runtime(self) -> str:
+        """The runtime, but for where on Ray it is and how long one waits there."""
+        return "Ray" if isinstance(self.runtime, Ray) else repr(self.runtime)
 
     @property
     def partitioned(self) -> bool:
@@ -103,6 +108,8 @@ def check_arguments(**given: Any) -> Arguments:
         raise ValueError(f"tolerance={tolerance}: allowed are numbers from 0")
     if given["mesh"] is None and given["rules"] is not None:
         raise ValueError("rules are of a mesh: give mesh= as well")
+    if isinstance(given["runtime"], Ray):
+        _check_ray(given["runtime"], given["mesh"])
     arguments = Arguments(**given)
     if given["mesh"] is not None and given["shards"] > 1 and not arguments.partitioned:
         raise ValueError(
@@ -124,9 +131,10 @@ def _check_kinds(**given: Any) -> None:
         raise TypeError(
             f"batches must be a rule such as FullBatch(), got {given['batches']!r}"
         )
-    if not isinstance(given["runtime"], Emulated | Threads):
+    if not isinstance(given["runtime"], Emulated | Threads | Ray):
         raise ValueError(
-            f"runtime must be Emulated(...) or Threads(...), got {given['runtime']!r}"
+            "runtime must be Emulated(...), Threads(...) or Ray(...), got "
+            f"{given['runtime']!r}"
         )
     if given["eval_fn"] is not None and not callable(given["eval_fn"]):
         raise ValueError(f"eval_fn must be a function, got {given['eval_fn']!r}")
@@ -135,3 +143,19 @@ def _check_kinds(**given: Any) -> None:
     directory = given["checkpoint_dir"]
     if directory is not None and not isinstance(directory, str | os.PathLike):
         raise ValueError(f"checkpoint_dir must be a path, got {directory!r}")
+
+
+def _check_ray(runtime: Ray, mesh: Mesh | None) -> None:
+    """Raise where something is asked of Ray that Sandblaster does not have there."""
+    if mesh is not None:
+        raise ValueError(
+            "mesh: with runtime=Ray(...) replicas are not partitioned; use Emulated() "
+            "or Threads()"
+        )
+    for name in ("standby", "snapshot_every", "replicas_at", "watch"):
+        value = getattr(runtime, name)
+        if value:
+            raise ValueError(
+                f"runtime: Ray({name}={value!r}) is for Downpour; a batch method goes "
+                "on from its checkpoint_dir, with as many replicas as are given"
+            )

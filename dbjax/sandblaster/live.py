@@ -1,37 +1,30 @@
-"""Evaluations on threads: real replicas, orders in their mailboxes, one coordinator."""
+"""Evaluations by real replicas, as threads or processes, for one coordinator."""
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
-import jax
-import jax.numpy as jnp
-
-from dbjax.runtime.mailboxes import Failed, Mailboxes
+from dbjax.runtime.mailboxes import Failed
 from dbjax.runtime.recorder import COLUMNS, Recorder
-from dbjax.runtime.threads import ReplicaError, Threads
+from dbjax.runtime.remote_mailboxes import Back
+from dbjax.runtime.threads import ReplicaError
+from dbjax.runtime.transport import Gone, Late
 from dbjax.sandblaster.arguments import Arguments
-from dbjax.sandblaster.emulated import finish, group_of
+from dbjax.sandblaster.emulated import finish
+from dbjax.sandblaster.hand import Published
 from dbjax.sandblaster.messages import (
-    Added,
     Compute,
     Died,
     Done,
-    Drop,
     Evaluate,
     Evaluated,
-    Finished,
-    Forget,
     Joined,
     Keep,
-    Push,
-    Pushed,
 )
-from dbjax.sandblaster.portions import Message, Order, PortionsInfo
+from dbjax.sandblaster.portions import Order, PortionsInfo
 from dbjax.sandblaster.problem import Problem, scattered
+from dbjax.sandblaster.remote_vectors import ShardError
 from dbjax.sandblaster.vectors import Vectors
-from dbjax.trace import COMPUTE, DROPPED, FAIL, FETCH, JOIN, PUSH, RESTART, TAKEN
-from dbjax.typing import Batch, Gradients, Params
+from dbjax.trace import FAIL, JOIN, RESTART, TAKEN
 
 _STATUS = COLUMNS.index("status")
 
@@ -39,71 +32,89 @@ MOST_FAILURES = 3
 """So many failures of one portion in one evaluation end the run, whoever failed."""
 
 
-class Published(NamedTuple):
-    """What replicas see of the evaluation under way.
+class Crew(Protocol):
+    """Replicas that carry out orders, each its own in the order they were given.
 
     Attributes:
-      evaluation: its number.
-      request: what is evaluated.
-      portions: of the data, by place.
-      params: where; nobody changes them.
-      first: the ticket of its first portion.
-      base: each shard's version at its beginning.
+      recorder: the run's clock, and its rows.
+      versions: of each shard, between evaluations.
     """
 
-    evaluation: int
-    request: Evaluate
-    portions: list[int]
-    params: Params
-    first: int
-    base: list[int]
+    recorder: Recorder
+    versions: list[int]
+
+    def begin_at(self, versions: list[int]) -> None:
+        """Count the versions of the shards, which are new, on from these."""
+        ...
+
+    def count_on(self, replica: int, batches: int, first_id: int) -> None:
+        """Let what a replica computes and pushes have later numbers than these."""
+        ...
+
+    def open(self) -> AbstractContextManager[None]:
+        """Let them work; on leaving they do not."""
+        ...
+
+    def publish(self, published: Published) -> None:
+        """Let all see an evaluation, of which orders come next."""
+        ...
+
+    def send(self, replica: int, order: Any) -> None:
+        """Give an order."""
+        ...
+
+    def receive(self) -> Any:
+        """Wait for a message of a replica, `Failed` or `Back`."""
+        ...
+
+    def restart(self, replica: int) -> bool:
+        """Whether one that failed is there still; else it is started, and `Back`."""
+        ...
+
+    def computed(self, replica: int) -> list[Any]:
+        """Give the row of the portion that a replica has finished."""
+        ...
+
+    def settle(self) -> None:
+        """All pushes have landed: have their rows and versions here, in order."""
+        ...
 
 
 class LiveReplicas:
-    """Evaluates portions on threads of this process.
+    """Evaluates portions with a crew.
 
-    A replica whose loss or data raises an error is taken for dead: it is fenced, what
-    it held is computed by others, and it joins again. See `MOST_FAILURES`.
+    A replica whose loss or data raises an error is taken for dead, like one that is: it
+    is fenced, what it held is computed by others, and it joins again. See
+    `MOST_FAILURES`.
 
     Args:
       problem: what is minimised.
       vectors: where the vectors live.
       arguments: of the run.
-      runtime: the `Threads` settings.
-      shard_bytes: size of the parameters on each shard.
+      crew: the replicas.
     """
 
     def __init__(
-        self,
-        problem: Problem,
-        vectors: Vectors,
-        arguments: Arguments,
-        runtime: Threads,
-        shard_bytes: tuple[int, ...],
+        self, problem: Problem, vectors: Vectors, arguments: Arguments, crew: Crew
     ) -> None:
-        self.problem, self.vectors = problem, vectors
-        self.shard_bytes = shard_bytes
-        self.recorder = Recorder()
-        self.published: Published | None = None
-        self.x64 = jnp.result_type(float) == jnp.float64  # each thread has its own
-        self.versions = [0] * len(shard_bytes)
-        self.first_versions = tuple(self.versions)  # of the new shards
+        self.problem, self.vectors, self._crew = problem, vectors, crew
         self._desk = arguments.desk(len(problem.examples))
-        self._hands = [_Hand(self, replica) for replica in range(arguments.replicas)]
-        self._boxes = Mailboxes([hand.obey for hand in self._hands], runtime)
+        self._replicas = arguments.replicas
+        self._away: set[int] = set()  # dead, and not yet started again
         self._tickets = 0
-        self._failures: dict[int, int] = {}  # in this evaluation, by portion
+        self._published: Published | None = None
+        self._failures: dict[str, int] = {}  # in this evaluation, by what failed
         self._before = PortionsInfo()  # until the checkpoint that was taken up
-        for replica in range(arguments.replicas):
+        for replica in range(self._replicas):
             self._join(replica, JOIN)
 
     def at_work(self) -> AbstractContextManager[None]:
         """Start the replicas; on leaving they have stopped."""
-        return self._boxes.open()
+        return self._crew.open()
 
     def now(self) -> float:
         """Give the seconds since the run began."""
-        return self.recorder.now()
+        return self._crew.recorder.now()
 
     def asked(self) -> None:
         """The coordinator has asked every shard for scalars."""
@@ -119,33 +130,31 @@ class LiveReplicas:
 
         Raises:
           ReplicaError: a portion failed too often.
+          ShardError: a shard is gone.
         """
         for into, _ in request.groups:
             self.vectors.elementwise(into, "zero", request.at)
-        self.published = Published(
+        published = self._published = Published(
             self._desk.evaluation + 1,
             request,
             scattered(request.groups),
-            self.vectors.get(request.at),
             self._tickets,
-            list(self.versions),
+            list(self._crew.versions),
         )
-        self._tickets += len(self.published.portions)
+        self._crew.publish(published)
+        self._tickets += len(published.portions)
         self._failures.clear()
         groups = [len(group) for _, group in request.groups]
         done = self._send(self._desk.begin(groups))
         while not done:
-            message = self._boxes.receive()
-            if isinstance(message, Failed):
-                done = self._lost(message)
-            else:
-                done = self._send(self._desk.handle(message))
+            done = self._take(self._crew.receive())
+        self._crew.settle()
         losses = zip(self._desk.values, self._desk.squares, strict=True)
         return finish(request, self.problem, self.vectors, dict(enumerate(losses)))
 
     def columns(self) -> dict[str, Any]:
         """Give the Trace's columns."""
-        return self.recorder.columns()
+        return self._crew.recorder.columns()
 
     def info(self) -> PortionsInfo:
         """Give what was done beyond computing each portion once."""
@@ -159,194 +168,88 @@ class LiveReplicas:
 
     def save(self) -> dict[str, Any]:
         """Give the Trace so far."""
+        recorder = self._crew.recorder
         return {
-            "rows": list(self.recorder.rows),  # a late replica may add one meanwhile
-            "time": self.recorder.now(),
+            "rows": list(recorder.rows),  # a late replica may add one meanwhile
+            "time": recorder.now(),
             "tickets": self._tickets,
-            "versions": self.versions,
+            "versions": self._crew.versions,
             "info": list(self.info()),
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on with it; replicas, shards and desk are new, and count on from there."""
-        self.recorder = Recorder(float(saved["time"]))
-        self.recorder.rows = [tuple(row) for row in saved["rows"]]
+        recorder = self._crew.recorder = Recorder(float(saved["time"]))
+        recorder.rows = [tuple(row) for row in saved["rows"]]
         self._tickets, self._before = saved["tickets"], PortionsInfo(*saved["info"])
-        self.versions = list(saved["versions"])
-        self.first_versions = tuple(self.versions)
+        self._crew.begin_at(list(saved["versions"]))
         numbered = [COLUMNS.index(name) for name in ("replica", "batch", "id")]
-        for row in self.recorder.rows:
+        for row in recorder.rows:
             replica, batch, id_ = (row[at] for at in numbered)
-            self._hands[replica].count_on(batch + 1, id_ + 1)
-        for replica in range(len(self._hands)):
+            self._crew.count_on(replica, batch + 1, id_ + 1)
+        for replica in range(self._replicas):
             for kind in (FAIL, RESTART):
-                self.recorder.add(kind, replica, self.recorder.now())
+                recorder.add(kind, replica, recorder.now())
+
+    def _take(self, message: Any) -> bool:
+        """Take a message; say whether the evaluation is done."""
+        if isinstance(message, Failed):
+            return self._lost(message)
+        if isinstance(message, Back):
+            self._away.remove(message.replica)
+            return self._join(message.replica, RESTART)
+        return self._send(self._desk.handle(message))
 
     def _send(self, orders: list[Order]) -> bool:
-        """Put orders into their mailboxes; say whether the evaluation is done."""
+        """Give orders; say whether the evaluation is done."""
         done = False
         for order in orders:
             if isinstance(order, Done):
                 done = True
-            else:
-                self._boxes.send(order.replica, order)
+                continue
+            if isinstance(order, Keep):
+                self._crew.computed(order.replica)[_STATUS] = TAKEN
+            self._crew.send(order.replica, order)
         return done
 
     def _join(self, replica: int, kind: int) -> bool:
-        self.recorder.add(kind, replica, self.recorder.now())
+        recorder = self._crew.recorder
+        recorder.add(kind, replica, recorder.now())
         return self._send(self._desk.handle(Joined(replica)))
 
     def _lost(self, failed: Failed) -> bool:
         """Fence a replica that failed, give its portions back, and let it join anew."""
         replica, order, error = failed
-        if order.life != self._desk.life(replica):
+        if isinstance(error, ShardError):  # which no other replica will reach either
+            raise error
+        life = self._desk.life(replica)
+        is_dead = isinstance(error, Gone | Late)
+        if not is_dead and order.life != life:
             return False  # of a former life: it counts as lost already
-        published = self.published
+        self._count_failure(failed)
+        done = False
+        if replica not in self._away:
+            landed = self.vectors.fence(replica, life)
+            recorder = self._crew.recorder
+            recorder.add(FAIL, replica, recorder.now())
+            done = self._send(self._desk.handle(Died(replica, life, landed)))
+        if self._crew.restart(replica):
+            return self._join(replica, RESTART) or done
+        self._away.add(replica)
+        return done
+
+    def _count_failure(self, failed: Failed) -> None:
+        replica, order, error = failed
+        published = self._published
         assert published is not None
-        late = isinstance(order, Compute) and order.evaluation < published.evaluation
-        if not late:  # or somebody waits for it
-            portion = -1
-            if isinstance(order, Compute):
-                portion = published.portions[order.portion]
-            times = self._failures[portion] = self._failures.get(portion, 0) + 1
-            if times >= MOST_FAILURES:
-                what = type(order).__name__ if portion < 0 else f"portion {portion}"
-                raise ReplicaError(
-                    f"replica {replica} failed at {what}, which has failed "
-                    f"{times} times: {error!r}"
-                ) from error
-        landed = self.vectors.fence(replica, order.life)
-        self.recorder.add(FAIL, replica, self.recorder.now())
-        done = self._send(self._desk.handle(Died(replica, order.life, landed)))
-        return self._join(replica, RESTART) or done
-
-
-class _Hand:
-    """What one replica holds, and how it carries out its orders."""
-
-    def __init__(self, crew: LiveReplicas, replica: int) -> None:
-        self._crew, self._replica = crew, replica
-        self._life = self._batches = self._first_id = 0
-        self._failed = -1  # the last life that ended with an error
-        self._fetched: Published | None = None
-        self._params: Params | None = None
-        self._finished: tuple[int, Gradients, list[Any]] | None = None
-        self._accrued: Gradients | None = None
-        self._prefetched: tuple[int, Batch] | None = None
-
-    def count_on(self, batches: int, ids: int) -> None:
-        """Let what is computed and pushed have later numbers than these."""
-        self._batches = max(self._batches, batches)
-        self._first_id = max(self._first_id, ids)
-
-    def obey(self, order: Any) -> Iterator[Message]:
-        """Carry out an order, in this replica's thread."""
-        if order.life <= self._failed:
-            return
-        try:
-            with jax.enable_x64(self._crew.x64):
-                yield from self._obey(order)
-        except BaseException:
-            # Nothing that it was told after this may happen in this life: a later push
-            # would pass for a sign that this one has landed.
-            self._failed = order.life
-            raise
-
-    def _obey(self, order: Any) -> Iterator[Message]:
-        if order.life > self._life:  # born again: nothing of before counts
-            self._life, self._finished, self._accrued = order.life, None, None
-        if order.life < self._life or isinstance(order, Forget):
-            return
+        what = "its start" if order is None else type(order).__name__
         if isinstance(order, Compute):
-            yield self._compute(order)
-        elif isinstance(order, Keep):
-            assert self._finished is not None
-            i, gradients, row = self._finished
-            row[_STATUS] = TAKEN
-            problem = self._crew.problem
-            examples = float(problem.examples[i])
-            self._accrued = problem.call(
-                self._replica, problem.keep, self._accrued, gradients, examples
-            )
-            self._finished = None
-        elif isinstance(order, Push):
-            yield self._push(order)
-        else:
-            assert isinstance(order, Drop)
-            self._finished = None
-
-    def _compute(self, order: Compute) -> Finished:
-        crew, recorder = self._crew, self._crew.recorder
-        seen = self._fetched
-        if seen is None or seen.evaluation != order.evaluation:
-            seen = self._fetch()
-        if seen.evaluation != order.evaluation:  # it is over, and nobody waits for it
-            return Finished(self._replica, order.life, order.task)
-        start, i = recorder.now(), seen.portions[order.portion]
-        batch = self._portion(i)
-        problem, squares = crew.problem, seen.request.squares
-        assert self._params is not None
-        result = problem.call(
-            self._replica, problem.compute, self._params, batch, i, squares
-        )
-        if order.upcoming >= 0:  # while that is computed
-            self._prefetch(seen.portions[order.upcoming])
-        value, square, gradients = jax.block_until_ready(result)
-        row = recorder.add(
-            COMPUTE, self._replica, start, step=seen.first + order.portion,
-            batch=self._batches, count=order.copy, status=DROPPED,  # unless it is kept
-        )  # fmt: skip
-        self._finished = i, gradients, row
-        self._batches += 1
-        return Finished(
-            self._replica, order.life, order.task, float(value), float(square)
-        )
-
-    def _prefetch(self, i: int) -> None:
-        try:
-            self._prefetched = i, self._crew.problem.portion(i, self._replica)
-        except Exception:
-            self._prefetched = None  # in its turn it will fail by itself
-
-    def _portion(self, i: int) -> Batch:
-        """Give a portion, which may be here already."""
-        there, self._prefetched = self._prefetched, None
-        if there is not None and there[0] == i:
-            return there[1]
-        return self._crew.problem.portion(i, self._replica)
-
-    def _fetch(self) -> Published:
-        crew, start = self._crew, self._crew.recorder.now()
-        seen = self._fetched = crew.published
-        assert seen is not None
-        self._params = crew.problem.here(seen.params, self._replica)
-        for shard, version in enumerate(seen.base):
-            crew.recorder.add(
-                FETCH, self._replica, start, shard, step=seen.first, version=version,
-                nbytes=crew.shard_bytes[shard],
-            )  # fmt: skip
-        return seen
-
-    def _push(self, order: Push) -> Pushed:
-        crew, seen = self._crew, self._fetched
-        assert seen is not None and self._accrued is not None
-        accrued, self._accrued = self._accrued, None
-        into, start = group_of(seen.request, order.portions[0]), crew.recorder.now()
-
-        def record(shard: int, added: Added) -> None:
-            # While the shard waits: its rows must stand in the order of its versions.
-            if not added.taken:
-                return  # fenced: it counts as lost
-            version = crew.first_versions[shard] + added.version
-            crew.versions[shard] = version
-            crew.recorder.add(
-                PUSH, self._replica, start, shard, step=seen.first + order.portions[-1],
-                version=version, base=seen.base[shard], count=len(order.portions),
-                status=TAKEN, nbytes=crew.shard_bytes[shard],
-                id_=self._first_id + order.id,
-            )  # fmt: skip
-
-        crew.vectors.add(
-            into, accrued, self._replica, order.life, order.id, order.shards, record
-        )
-        return Pushed(self._replica, order.life, order.id)
+            if order.evaluation < published.evaluation:
+                return  # it is late, and nobody waits for it
+            what = f"portion {published.portions[order.portion]}"
+        times = self._failures[what] = self._failures.get(what, 0) + 1
+        if times >= MOST_FAILURES:
+            raise ReplicaError(
+                f"replica {replica} failed at {what}, which has failed {times} times: "
+                f"{error!r}"
+            ) from error

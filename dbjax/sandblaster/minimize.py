@@ -1,4 +1,4 @@
-"""`minimize`: Sandblaster, emulated or on threads, from loss to parameters."""
+"""`minimize`: Sandblaster, emulated, on threads or on Ray, from loss to parameters."""
 
 import os
 
@@ -6,11 +6,13 @@ from jax.sharding import Mesh
 
 from dbjax.mesh import Rules
 from dbjax.runtime.emulated import Emulated
+from dbjax.runtime.ray import Ray
 from dbjax.runtime.threads import Threads
 from dbjax.sandblaster.arguments import check_arguments
 from dbjax.sandblaster.batches import Batches, FullBatch
 from dbjax.sandblaster.methods import LBFGS, Method
 from dbjax.sandblaster.problem import PortionData
+from dbjax.sandblaster.remote import processes_of
 from dbjax.sandblaster.run import Run
 from dbjax.sandblaster.running import Running
 from dbjax.typing import EvalFn, LossFn, Params
@@ -40,7 +42,7 @@ def minimize(
     eval_every: int | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
-    runtime: Emulated | Threads | None = None,
+    runtime: Emulated | Threads | Ray | None = None,
 ) -> Run:
     r"""Minimise the loss of all data with a distributed batch method.
 
@@ -79,7 +81,7 @@ def minimize(
       eval_every: iterations between evaluations; the end is always evaluated.
       checkpoint_dir: where to save, and where to go on from.
       checkpoint_every: iterations between checkpoints; a tenth of them by default.
-      runtime: `Emulated(cluster, seed)`, the default, or `Threads()`.
+      runtime: `Emulated(cluster, seed)`, the default, `Threads()` or `Ray()`.
 
     Returns:
       The run: `params`, `value`, `status`, `iterations`, `evaluations`, `trace`, ...
@@ -87,7 +89,8 @@ def minimize(
     Raises:
       ValueError: naming the argument, its value, and what is allowed.
       TypeError: `loss_fn`, `data` or `method` is not what it should be.
-      ReplicaError: a replica's thread failed; names replica and portion.
+      ReplicaError: a replica failed too often; names replica and portion.
+      ShardError: on Ray, a shard's process is gone.
 
     >>> import jax.numpy as jnp, numpy as np, dbjax
     >>> x = np.linspace(-1, 1, 64, dtype=np.float32)
@@ -105,6 +108,8 @@ def minimize(
         checkpoint_dir=checkpoint_dir, checkpoint_every=checkpoint_every,
         runtime=Emulated() if runtime is None else runtime,
     )  # fmt: skip
-    return Running(
-        loss_fn, params, data, arguments, rng=rng, has_aux=has_aux
-    ).to_the_end()
+    with processes_of(arguments.runtime, replicas, shards) as processes:
+        return Running(
+            loss_fn, params, data, arguments, rng=rng, has_aux=has_aux,
+            processes=processes,
+        ).to_the_end()  # fmt: skip

@@ -11,6 +11,7 @@ from dbjax import mesh as mesh_lib
 from dbjax.optim.status import Status
 from dbjax.runtime.emulated import Emulated
 from dbjax.runtime.lanes import cores
+from dbjax.runtime.threads import Threads
 from dbjax.sandblaster import saving, vectors
 from dbjax.sandblaster.arguments import Arguments
 from dbjax.sandblaster.coordinator import Coordinator, CoordinatorState, Request
@@ -19,7 +20,9 @@ from dbjax.sandblaster.live import LiveReplicas
 from dbjax.sandblaster.messages import Dots, Evaluate, Evaluated, Reached
 from dbjax.sandblaster.portions import PortionsInfo
 from dbjax.sandblaster.problem import PortionData, Problem, make_problem
+from dbjax.sandblaster.remote import Processes
 from dbjax.sandblaster.run import Run, RunInfo
+from dbjax.sandblaster.threaded import ThreadCrew
 from dbjax.server.layout import Layout
 from dbjax.server.placement import Placement
 from dbjax.trace import Trace
@@ -76,6 +79,7 @@ class Running:
       arguments: checked.
       rng: whether the loss takes a key.
       has_aux: whether it returns more than a value.
+      processes: starts replicas and shards, where they are processes.
 
     Raises:
       TypeError, ValueError: what is wrong with the parameters, the loss or the data.
@@ -90,6 +94,7 @@ class Running:
         *,
         rng: bool = False,
         has_aux: bool = False,
+        processes: Processes | None = None,
     ) -> None:
         a = self.a = arguments
         placement = None
@@ -102,15 +107,9 @@ class Running:
         # Our own copy, of its own dtype: NumPy memory may change under us.
         params = jax.tree.map(lambda x: jnp.array(x, jnp.result_type(x)), params)
         options = {"rng": rng, "has_aux": has_aux, "seed": a.seed}
-        mesh = None
-        if placement is not None:
-            self.vectors = vectors.on_partitions(placement)
-        elif a.mesh is None:
-            self.vectors = vectors.on_shards(layout)
-        else:
-            mesh = a.mesh
-            params = mesh_lib.shard_params(params, a.mesh, a.rules)
-            self.vectors = vectors.on_mesh(params)
+        mesh = a.mesh if placement is None else None
+        if mesh is not None:
+            params = mesh_lib.shard_params(params, mesh, a.rules)
         self.problem = make_problem(
             *(loss_fn, params, data),
             **{"mesh": mesh, "rules": a.rules, "placement": placement, **options},
@@ -125,10 +124,16 @@ class Running:
             tolerance=a.tolerance,
             value_rtol=max(float(jnp.finfo(d).eps) for d in layout.dtypes) ** 0.75,
         )
-        for name, vector in a.method.constants(params).items():
+        constants = a.method.constants(params)
+        if processes is not None:
+            crew = processes.crew(a.replicas, loss_fn, self.problem, options, layout)
+            self.vectors = processes.host_vectors(layout)
+            self.replicas = LiveReplicas(self.problem, self.vectors, a, crew)
+        else:
+            self.vectors = _vectors_here(layout, placement, mesh, params)
+            self.replicas = _replicas_here(a, self.problem, self.vectors, layout)
+        for name, vector in (constants | {"x": params}).items():
             self.vectors.put(name, vector)
-        self.vectors.put("x", params)
-        self.replicas = _make_replicas(a, self.problem, self.vectors, layout)
         self.rows: list[dict[str, Any]] = []  # of the Trace, one an iteration
         self.resumed_at = 0
 
@@ -241,12 +246,22 @@ class Running:
         )
 
 
-def _make_replicas(
+def _vectors_here(
+    layout: Layout, placement: Placement | None, mesh: Any, params: Params
+) -> vectors.Vectors:
+    if placement is not None:
+        return vectors.on_partitions(placement)
+    return vectors.on_shards(layout) if mesh is None else vectors.on_mesh(params)
+
+
+def _replicas_here(
     a: Arguments, problem: Problem, there: vectors.Vectors, layout: Layout
 ) -> Replicas:
     if isinstance(a.runtime, Emulated):
         return EmulatedReplicas(problem, there, a, a.runtime, sum(layout.nbytes))
-    return LiveReplicas(problem, there, a, a.runtime, layout.nbytes)
+    assert isinstance(a.runtime, Threads)
+    crew = ThreadCrew(problem, there, a.replicas, a.runtime, layout.nbytes)
+    return LiveReplicas(problem, there, a, crew)
 
 
 def _describe_machine(layout: Layout) -> dict[str, Any]:

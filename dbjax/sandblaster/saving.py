@@ -93,7 +93,7 @@ def _describe(run: "Running") -> dict[str, Any]:
     layout = run.layout
     return {
         **run.a.describe(),
-        "runtime": repr(run.a.runtime),
+        "runtime": run.a.describe_runtime(),
         "params": [
             f"{name} {dtype}{list(shape)}"
             for name, shape, dtype in zip(

@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,16 +35,14 @@ from dbjax.server.layout import Layout
 from dbjax.server.placement import Placement
 from dbjax.typing import Params
 
-Record: TypeAlias = Callable[[int, Any], None]
-
 
 class Vectors:
     """Named vectors, wherever they live.
 
     Args:
       ask: `ask(commands, record)` sends shards a command each, by shard, and gives
-        their replies; `record(shard, reply)`, if not None, is called before that shard
-        takes another. It may be called from several threads.
+        their replies; with `record`, if not None, each shard writes down its reply
+        before it takes another. It may be called from several threads.
       split: cuts a tree into one part per shard.
       merge: puts the parts together again.
       shards: how many there are, `S`.
@@ -58,7 +56,7 @@ class Vectors:
 
     def __init__(
         self,
-        ask: Callable[[Mapping[int, Command], Record | None], Sequence[Reply]],
+        ask: Callable[[Mapping[int, Command], Any], Sequence[Reply]],
         split: Callable[[Params], tuple[Params, ...]],
         merge: Callable[[tuple[Params, ...]], Params],
         shards: int = 1,
@@ -122,7 +120,7 @@ class Vectors:
         life: int,
         id_: int,
         shards: Sequence[int] | None = None,
-        record: Record | None = None,
+        record: Any = None,
     ) -> None:
         """Add a replica's accrued sum to a vector, on each shard at most once.
 
@@ -133,7 +131,8 @@ class Vectors:
           life: in which life.
           id_: which of its pushes.
           shards: which shards it is for; None: all.
-          record: is given each shard and its reply before that shard adds another sum.
+          record: what each shard writes down before it adds another sum. In this
+            process that is a function, which is given the shard and its reply.
         """
         parts = self._split(gradients)
         to = range(self.shards) if shards is None else shards
@@ -300,7 +299,7 @@ def _held(
         for _ in range(shards)
     ]
 
-    def ask(commands: Mapping[int, Command], record: Record | None) -> list[Reply]:
+    def ask(commands: Mapping[int, Command], record: Any) -> list[Reply]:
         notes = {
             shard: None if record is None else functools.partial(record, shard)
             for shard in commands

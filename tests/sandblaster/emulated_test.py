@@ -13,6 +13,7 @@ from dbjax.sandblaster.emulated import EmulatedReplicas
 from dbjax.sandblaster.live import LiveReplicas
 from dbjax.sandblaster.messages import Evaluate
 from dbjax.sandblaster.problem import make_problem
+from dbjax.sandblaster.threaded import ThreadCrew
 from dbjax.server.layout import Layout
 from dbjax.trace import COMPUTE, FAIL, PUSH, TAKEN, Trace
 from tests.problems import alarm, flat
@@ -70,7 +71,8 @@ def make(portion_size, runtime, shards=1, **keywords):
     problem = problem_of(portion_size)
     if isinstance(runtime, Emulated):
         return ours, EmulatedReplicas(problem, ours, arguments, runtime, 48.0)
-    return ours, LiveReplicas(problem, ours, arguments, runtime, layout.nbytes)
+    crew = ThreadCrew(problem, ours, arguments.replicas, runtime, layout.nbytes)
+    return ours, LiveReplicas(problem, ours, arguments, crew)
 
 
 def everything(portion_size, squares=False):
