@@ -17,52 +17,9 @@ import numpy as np
 import optax
 
 import dbjax
-from dbjax.mesh import Rules
-from dbjax.typing import Batch, Data, LossFn, Params
-from experiments import registry, streams
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """A problem to train.
-
-    Attributes:
-      name: as in the config.
-      about: one line on the data and the model.
-      init: `init(seed) -> params`.
-      loss: `loss(params, batch) -> scalar`, the mean over the batch.
-      data: gives `batch(replica, step)`.
-      batch_size: examples in one minibatch.
-      evaluate: `evaluate(params) -> {"test_loss", "test_accuracy", ...}`, on data that
-        is never trained on; `"train_loss"` is what is minimised, penalties included.
-      fixed: all that there is to train on, for methods that need the whole of it; None
-        where training data has no end.
-      rules: how the parameters are partitioned over a mesh's axis "model"; None where
-        the model is not made for it.
-    """
-
-    name: str
-    about: str
-    init: Callable[[int], Params]
-    loss: LossFn
-    data: Data
-    batch_size: int
-    evaluate: Callable[[Params], dict[str, float]]
-    fixed: Batch | None = None
-    rules: Rules | None = None
-
-    @property
-    def num_parameters(self) -> int:
-        """How many numbers the parameters hold."""
-        leaves = jax.tree.leaves(jax.eval_shape(self.init, 0))
-        return sum(math.prod(leaf.shape) for leaf in leaves)
-
-    def describe(self) -> str:
-        """Say in one line what is trained."""
-        return (
-            f"{self.name}: {self.about}; {self.num_parameters:,} parameters, "
-            f"minibatches of {self.batch_size}"
-        )
+from dbjax.typing import Batch, LossFn, Params
+from experiments import file_workloads, registry, streams
+from experiments.workload import Workload, arrows, split
 
 
 def digits(
@@ -105,7 +62,7 @@ def digits(
     bunch = datasets.load_digits()
     images = (bunch.images / 16).astype(np.float32)
     labels = bunch.target.astype(np.int32)
-    train, test = _split(len(labels), held_out=497)
+    train, test = split(len(labels), held_out=497)
     stream = streams.AugmentedImages(
         images[train],
         labels[train],
@@ -124,7 +81,7 @@ def digits(
     network = _Network(sizes, function, inputs="image", labels="label")
     return Workload(
         "digits",
-        f"8 x 8 images, {what}, network {_arrows(sizes)}",
+        f"8 x 8 images, {what}, network {arrows(sizes)}",
         network.init,
         network.loss,
         data,
@@ -153,7 +110,7 @@ def breast_cancer(*, seed: int, batch_size: int = 16, l2: float = 1e-3) -> Workl
     from sklearn import datasets
 
     bunch = datasets.load_breast_cancer()
-    train, test = _split(len(bunch.target), held_out=169)
+    train, test = split(len(bunch.target), held_out=169)
     mean, deviation = bunch.data[train].mean(0), bunch.data[train].std(0)
     features = ((bunch.data - mean) / deviation).astype(np.float32)
     target = bunch.target.astype(np.int32)
@@ -217,7 +174,7 @@ def speech_frames(
     return Workload(
         "speech_frames",
         f"a generated stream of {data.window} x {data.features} frames from "
-        f"{states} hidden states, network {_arrows(sizes)}",
+        f"{states} hidden states, network {arrows(sizes)}",
         network.init,
         network.loss,
         data,
@@ -266,7 +223,7 @@ def speech(
     return Workload(
         "speech",
         f"a generated stream of {data.window} x {data.features} frames from "
-        f"{states:,} hidden states, network {_arrows(sizes)}",
+        f"{states:,} hidden states, network {arrows(sizes)}",
         jax.jit(lambda seed: model.init(jax.random.key(seed))),
         loss,
         data,
@@ -336,6 +293,11 @@ WORKLOADS: Mapping[str, Callable[..., Workload]] = {
     "speech_frames": speech_frames,
     "speech": speech,
     "vision": vision,
+    "mnist": file_workloads.mnist,
+    "cifar": file_workloads.cifar,
+    "arrays": file_workloads.arrays,
+    "image_folder": file_workloads.image_folder,
+    "kaldi": file_workloads.kaldi,
 }
 
 
@@ -350,14 +312,20 @@ def make(config: ml_collections.ConfigDict, seed: int) -> Workload:
       The workload.
 
     Raises:
-      registry.ConfigError: if the name or an argument does not exist.
+      registry.ConfigError: if the name, an argument or a file does not exist, or a
+        package that it takes to read the file.
     """
     options = config.to_dict()
     build = registry.choose("workload.name", options.pop("name"), WORKLOADS)
     allowed = [name for name in inspect.signature(build).parameters if name != "seed"]
     for name in options:
         registry.choose("a key of workload", name, dict.fromkeys(allowed))
-    return build(seed=seed, **options)
+    try:
+        return build(seed=seed, **options)
+    except (OSError, ImportError) as error:
+        where = [f"workload.{key}" for key in allowed if key in file_workloads.PLACES]
+        hint = f" Say where it is with {' and '.join(where)}." if where else ""
+        raise registry.ConfigError(f"workload {config.name}: {error}.{hint}") from error
 
 
 _ACTIVATIONS = {"relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid}
@@ -444,13 +412,3 @@ def _first(stream: streams.AugmentedImages, count: int) -> Batch:
         name: values.reshape(-1, *values.shape[2:])[:count]
         for name, values in batches.items()
     }
-
-
-def _split(count: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split `count` examples into training and test, always in the same way."""
-    order = np.random.Generator(np.random.Philox(2012)).permutation(count)
-    return order[held_out:], order[:held_out]
-
-
-def _arrows(sizes: Sequence[int]) -> str:
-    return "-".join(str(size) for size in sizes)

@@ -10,6 +10,7 @@ import rich.console
 
 from experiments import dry_run, metrics, registry, train, workloads
 from experiments.methods import METHODS
+from tests.experiments import file_sets
 
 OTHERS = sorted(
     path.stem
@@ -28,6 +29,7 @@ SIZES = {
         "batch_size": 4,
         "test_size": 20,
     },
+    **file_sets.SMALL,
 }
 SANDBLASTER = {
     "replicas": 2,
@@ -44,6 +46,7 @@ def toy(name="digits_downpour"):
     """A config of the house, shrunk to a few steps of a tiny network."""
     config = importlib.import_module(f"configs.{name}").get_config()
     config.workload.update(SIZES[config.workload.name])
+    config.workload.update(file_sets.places(config.workload.name))
     if "steps" in config:
         config.update(steps=40, eval_every=10, checkpoint_every=20)
     if "downpour" in config:

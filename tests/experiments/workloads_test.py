@@ -1,3 +1,6 @@
+import pickle
+import sys
+
 import jax
 import numpy as np
 import optax
@@ -5,7 +8,9 @@ import pytest
 from ml_collections import ConfigDict
 
 import dbjax
-from experiments import registry, workloads
+from experiments import registry, workload, workloads
+from tests import data_files
+from tests.experiments import file_sets
 
 SMALL = {
     "digits": {"hidden": (16,), "batch_size": 8},
@@ -20,11 +25,15 @@ SMALL = {
         "test_size": 50,
         "batch_size": 8,
     },
+    **file_sets.SMALL,
 }
 
 
-def small(name, seed=0):
-    return workloads.make(ConfigDict({"name": name, **SMALL[name]}), seed)
+def small(name, seed=0, **options):
+    places = file_sets.places(name)
+    return workloads.make(
+        ConfigDict({"name": name, **SMALL[name], **places, **options}), seed
+    )
 
 
 def test_every_workload_is_tested():
@@ -60,7 +69,7 @@ def test_the_loss_is_a_mean_of_scalars_per_example(name):
 
 
 def test_the_test_split_is_the_same_for_every_seed_and_never_trained_on():
-    train, test = workloads._split(1797, 497)
+    train, test = workload.split(1797, 497)
     assert len(test) == 497 and not set(train) & set(test)
     params = small("digits").init(0)
     measured = [small("digits", seed).evaluate(params) for seed in (0, 1)]
@@ -77,7 +86,7 @@ def test_full_sizes_are_those_of_the_paper_and_the_readme():
     assert workloads.speech(seed=0, test_size=1).num_parameters == 41_777_152
 
 
-@pytest.mark.parametrize("name", ["speech", "vision"])
+@pytest.mark.parametrize("name", ["speech", "vision", "mnist", "kaldi"])
 def test_networks_of_the_paper_can_be_partitioned(name):
     workload = small(name)
     mesh = dbjax.make_mesh(model=1)
@@ -148,3 +157,76 @@ def test_train_loss_is_what_is_minimised(name):
     params = jax.tree.map(lambda x: x + 0.1, workload.init(0))
     loss = workload.loss(params, workload.fixed)
     np.testing.assert_allclose(workload.evaluate(params)["train_loss"], loss, 1e-5)
+
+
+@pytest.mark.parametrize("name", file_sets.SMALL)
+def test_data_in_files_pickles_and_is_the_same_everywhere(name):
+    data = small(name, seed=3).data
+    want = data.batch(2, 5)
+    for other in (pickle.loads(pickle.dumps(data)), small(name, seed=3).data):
+        jax.tree.map(np.testing.assert_array_equal, other.batch(2, 5), want)
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar", "arrays"])
+def test_all_examples_are_there_for_batch_methods(name):
+    workload = small(name)
+    lengths = {len(leaf) for leaf in jax.tree.leaves(workload.fixed)}
+    assert lengths == {workload.data.num_examples}
+
+
+def test_frames_may_be_spliced_all_at_once():
+    stream, fixed = small("kaldi"), small("kaldi", train_on="fixed")
+    assert stream.fixed is None
+    rows = np.arange(stream.data.num_examples)
+    want = stream.data.source[rows]
+    jax.tree.map(np.testing.assert_array_equal, fixed.fixed, want)
+
+
+def test_what_is_held_out_is_not_trained_on():
+    workload = small("image_folder")
+    assert workload.data.data.num_examples == 24 - 6
+    workload = small("arrays", held_out=0.25)
+    assert workload.data.num_examples == 60
+
+
+def test_a_folder_may_have_its_own_validation(tmp_path):
+    for part, count in (("train", 5), ("val", 2)):
+        data_files.write_images(tmp_path / part, count=count)
+    workload = small("image_folder", path=str(tmp_path))
+    assert "15 images of 3 classes" in workload.describe()
+    (tmp_path / "val" / "n0002").rename(tmp_path / "val" / "n0009")
+    with pytest.raises(ValueError, match="train and val differ in .*'n0002', 'n0009'"):
+        small("image_folder", path=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", file_sets.SMALL)
+def test_files_that_are_not_there_are_an_error_of_the_config(name, tmp_path):
+    place = str(tmp_path / "none.npz")
+    with pytest.raises(registry.ConfigError, match=f"workload {name}: .*none.npz") as e:
+        small(name, path=place)
+    assert "Say where it is with workload.path" in str(e.value)
+
+
+def test_a_package_that_is_missing_names_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kaldiio", None)
+    with pytest.raises(registry.ConfigError, match=r"pip install 'dbjax\[speech\]'"):
+        small("kaldi")
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(registry.ConfigError, match=r"pip install 'dbjax\[images\]'"):
+        small("image_folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("arrays", {"inputs": "image"}, "no array 'image', but x, y; say which with"),
+        ("arrays", {"labels": "x"}, r"x is \[80, 4, 2\] of float64; labels are"),
+        ("arrays", {"held_out": 1.0}, "held_out=1.0 of 80: allowed is a part"),
+        ("kaldi", {"states": 2}, "states=2: .*ali.ark has 3, from 0"),
+        ("kaldi", {"train_on": "fix"}, "did you mean 'fixed'"),
+        ("cifar", {"kind": "cifar"}, "kind='cifar': allowed are"),
+    ],
+)
+def test_options_that_do_not_fit_the_files_are_named(name, options, words):
+    with pytest.raises(ValueError, match=words):
+        small(name, **options)
