@@ -81,17 +81,24 @@ class RemoteMailboxes:
         Raises:
           Gone, Late, Exception: one could not be started.
         """
-        leave = self._transport.kill  # what it does in an unhappy end, nobody knows
+        started = happy = False
         try:
             replies = [self._begin(replica) for replica in range(len(self._addresses))]
             for reply in replies:
                 reply.result(self._timeout)
+            started = True
             yield
-            leave = self._transport.end
+            happy = True
         finally:
-            for address in self._addresses:
-                if address is not None:
-                    leave(address)
+            for address, orders in zip(self._addresses, self._under_way, strict=True):
+                if address is None:
+                    continue
+                # One that is asked for nothing, or computes what is not needed any
+                # more, can serve others; what else might be wrong, nobody knows.
+                if happy or (started and not orders):
+                    self._transport.end(address)
+                else:
+                    self._transport.kill(address)
 
     def send(self, replica: int, order: Any, *args: Any) -> None:
         """Give an order; it is lost where the process is.

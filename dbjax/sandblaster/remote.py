@@ -15,7 +15,13 @@ from dbjax.runtime.transport import Address, Reply, Transport
 from dbjax.sandblaster.hand import Published
 from dbjax.sandblaster.problem import Problem
 from dbjax.sandblaster.remote_replica import Recipe, ReplicaHost
-from dbjax.sandblaster.remote_vectors import Shards, VectorHost, on_processes
+from dbjax.sandblaster.remote_vectors import (
+    ShardError,
+    Shards,
+    VectorHost,
+    blaming,
+    on_processes,
+)
 from dbjax.sandblaster.vectors import Vectors
 from dbjax.server.layout import Layout
 from dbjax.trace import COMPUTE
@@ -52,8 +58,9 @@ class Processes:
             addresses = (*self.shards.addresses, address)
             self.shards = self.shards._replace(addresses=addresses)
             replies.append(reply)
-        for reply in replies:
-            reply.result(self.timeout)
+        for shard, reply in enumerate(replies):
+            with blaming(shard):
+                reply.result(self.timeout)
         # A copy: what came is in memory that ends with the connection.
         return on_processes(layout, self.shards, jnp.array)
 
@@ -110,13 +117,16 @@ def processes_of(
     if not isinstance(runtime, Ray):
         yield None
         return
-    with runtime.session() as session:
+    with runtime.session() as connection:
+        session: Any = connection  # its addresses are its own, and ours are any
         session.check_room(replicas, shards)
         processes = Processes(session, runtime.timeout)
-        leave = session.kill  # what they do in an unhappy end, nobody knows
+        leave = session.end
         try:
             yield processes
-            leave = session.end
+        except ShardError:
+            leave = session.kill
+            raise
         finally:
             for address in processes.shards.addresses:
                 leave(address)

@@ -110,17 +110,17 @@ class Shards(NamedTuple):
         """
         replies = {}
         for shard, call in calls.items():
-            with _blaming(shard):
+            with blaming(shard):
                 replies[shard] = self.addresses[shard].ask(*call)
         for shard, reply in replies.items():
-            with _blaming(shard):
+            with blaming(shard):
                 replies[shard] = reply.result(self.timeout)
         return replies
 
     def _here(self, shard: int, reply: Any) -> Any:
         if not isinstance(reply, _Elsewhere):
             return reply
-        with _blaming(shard):
+        with blaming(shard):
             return reply.shared.get(self.timeout)
 
 
@@ -151,7 +151,8 @@ def _to_wire(tree: Params) -> Params:
 
 
 @contextlib.contextmanager
-def _blaming(shard: int) -> Iterator[None]:
+def blaming(shard: int) -> Iterator[None]:
+    """Raise a `ShardError` where a shard cannot be reached."""
     try:
         yield
     except (Gone, Late) as error:

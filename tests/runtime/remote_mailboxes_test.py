@@ -148,8 +148,24 @@ def test_who_is_silent_for_too_long_is_killed_and_named():
         assert world.boxes.receive() == "in time"
 
 
-def test_an_unhappy_end_leaves_no_process_to_others():
+def test_at_an_unhappy_end_who_has_something_to_do_is_killed():
     world = World(replicas=2)
     with pytest.raises(KeyError), world.boxes.open():
+        world.boxes.send(1, "for ever")
         raise KeyError
-    assert world.killed == ["replica 0.0", "replica 1.0"] and not world.ended
+    assert (world.ended, world.killed) == (["replica 0.0"], ["replica 1.0"])
+
+
+def test_where_one_cannot_be_started_none_is_left_to_others():
+    world = World(replicas=2)
+    start = world.boxes._start
+
+    def fails(replica):
+        address, reply = start(replica)
+        reply.give(OSError("no such module") if replica else None)
+        return address, reply
+
+    world.boxes._start = fails
+    with pytest.raises(OSError, match="no such module"), world.boxes.open():
+        pass
+    assert (world.ended, world.killed) == ([], ["replica 0.0", "replica 1.0"])
