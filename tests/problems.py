@@ -97,7 +97,7 @@ def assert_replays(run, data=DATA, **keywords):
     assert_same_bits(again.optimizer_state, run.optimizer_state)
 
 
-def play(trace, rule, local_rule=None, data=DATA):
+def play(trace, rule, local_rule=None, data=DATA, aware=False):
     """The textbook's end of a Trace, flat; `rule()` makes the rule of one shard."""
     start = flat(PARAMS)
     places, at = [], 0
@@ -110,7 +110,7 @@ def play(trace, rule, local_rule=None, data=DATA):
     versions = textbook.downpour(
         trace,
         lambda w, r, b: gradient(w, r, b, data),
-        *(start, shards, rule, local_rule),
+        *(start, shards, rule, local_rule, aware),
     )
     end = np.full_like(start, np.nan)
     for place, shard in zip(shards, versions, strict=True):

@@ -3,6 +3,7 @@
 Here parameters are one flat vector, a shard is a slice of it, and nothing is fast.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,13 +11,19 @@ import numpy as np
 from dbjax import trace as kinds
 from dbjax.trace import Trace
 
-# rule(w, dw) -> the next w; a new rule for each shard, as it may remember.
-Rule = Callable[[np.ndarray, np.ndarray], np.ndarray]
+# rule(w, dw) -> the next w; a new rule for each shard, as it may remember. One that is
+# aware of delays is rule(w, dw, w the gradient was computed on, updates since then).
+Rule = Callable[..., np.ndarray]
 
 
 def sgd(eta: float) -> Rule:
     """The basic server (section 4.1): w' = w - eta dw."""
     return lambda w, dw: w - eta * dw
+
+
+def compensated(eta: float) -> Rule:
+    """A rule that makes use of what it is told about delays, in no paper."""
+    return lambda w, dw, old, missed: w - eta * (dw + 0.1 * (w - old)) / (1 + missed)
 
 
 class Adagrad:
@@ -27,7 +34,7 @@ class Adagrad:
         self.received = []
 
     def __call__(self, w: np.ndarray, dw: np.ndarray) -> np.ndarray:
-        self.received.append(dw)
+        self.received = [*self.received, dw]
         total = sum(each * each for each in self.received)
         moves = total > 0
         eta = self.gamma / np.sqrt(np.where(moves, total, 1.0))
@@ -82,9 +89,13 @@ class Replica:
         self.parameters = np.full(size, np.nan, dtype)  # until the first fetch lands
         self.accrued: list[np.ndarray] = []
         self.sent: dict[int, np.ndarray] = {}
+        self.fetched: dict[int, tuple] = {}  # by shard: a state, and its pushes
+        self.held: list[dict[int, tuple]] = []  # when it computed what is accrued
+        self.base: dict[int, dict[int, tuple]] = {}  # by push: its oldest gradient's
 
     def compute(self, gradient: np.ndarray, local_rule: Rule | None) -> None:
         self.accrued.append(gradient)
+        self.held.append(dict(self.fetched))
         if local_rule is not None:
             self.parameters = local_rule(self.parameters, gradient)
 
@@ -93,7 +104,8 @@ class Replica:
         if id not in self.sent:
             assert 0 < count <= len(self.accrued)
             self.sent[id] = sum(self.accrued[1:count], start=self.accrued[0])
-            self.accrued = self.accrued[count:]
+            self.accrued, self.base[id] = self.accrued[count:], self.held[0]
+            self.held = self.held[count:]
         return self.sent[id]
 
 
@@ -104,8 +116,12 @@ def downpour(
     shards: Sequence[slice],
     server_rule: Callable[[], Rule],
     local_rule: Rule | None = None,
+    aware: bool = False,
 ) -> list[list[np.ndarray]]:
     """Downpour SGD, played from the rows of a Trace.
+
+    A shard that is restored goes back to what it was, its rule as well. What it has
+    lost is still there for those who had fetched it.
 
     Args:
         trace: who fetched which version, computed and pushed, in a causal order.
@@ -115,12 +131,14 @@ def downpour(
         server_rule: makes the rule of one shard.
         local_rule: the replica's own step between fetches, if it takes one. (One that
             remembers is not shared rightly: use `sgd`.)
+        aware: whether the server's rule is told about delays.
 
     Returns:
-        All versions of each shard; `join` puts the newest ones together.
+        All versions of each shard that it has not lost; `join` puts the newest ones
+        together.
     """
-    versions = [[start[cut]] for cut in shards]
-    rules = [server_rule() for _ in shards]
+    # By shard and incarnation: versions, the rule at each, and the pushes they are of.
+    lives = [[([start[cut]], [server_rule()], [])] for cut in shards]
     replicas: dict[int, Replica] = {}
     for row in range(len(trace)):
         r, s = int(trace.replica[row]), int(trace.shard[row])
@@ -128,22 +146,36 @@ def downpour(
         match int(trace.kind[row]):
             case kinds.FETCH:
                 replica.parameters = replica.parameters.copy()
-                replica.parameters[shards[s]] = versions[s][trace.version[row]]
+                version = int(trace.version[row])
+                versions, _, pushes = lives[s][trace.incarnation[row]]
+                replica.parameters[shards[s]] = versions[version]
+                replica.fetched[s] = versions[version], pushes[:version]
             case kinds.COMPUTE:
                 g = gradient(replica.parameters, r, int(trace.batch[row]))
                 replica.compute(g, local_rule)
             case kinds.PUSH:
-                w = versions[s][-1]
+                versions, rules, pushes = lives[s][-1]
+                w, rule = versions[-1], copy.copy(rules[-1])
                 dw = replica.push(int(trace.id[row]), int(trace.count[row]))
+                old, seen = replica.base[int(trace.id[row])][s]
+                told = (old, len(set(pushes) - set(seen))) if aware else ()
                 taken = trace.status[row] == kinds.TAKEN
-                versions[s].append(rules[s](w, dw[shards[s]]) if taken else w)
-                assert len(versions[s]) - 1 == trace.version[row]
-            case kinds.FAIL:
-                assert s < 0, "a shard's failure is not in the textbook"
-                assert len(replica.accrued) == trace.count[row]
-                replica.accrued = []
+                versions.append(rule(w, dw[shards[s]], *told) if taken else w)
+                rules.append(rule)
+                pushes.append(row)
+                assert len(pushes) == trace.version[row]
+            case kinds.FAIL if s < 0:
+                lost = len(replica.accrued)
+                assert lost == trace.count[row]
+                replica.accrued, replica.held = [], []
                 replica.parameters = np.full_like(start, np.nan)
-    return versions
+            case kinds.RESTART if s >= 0:
+                version = int(trace.version[row])
+                versions, rules, pushes = lives[s][-1]
+                lives[s].append(
+                    (versions[: version + 1], rules[: version + 1], pushes[:version])
+                )
+    return [life[-1][0] for life in lives]
 
 
 def join(versions: Sequence[Sequence[np.ndarray]]) -> np.ndarray:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from dbjax import trace as trace_lib
-from dbjax.trace import COMPUTE, FAIL, FETCH, PUSH, Trace, groups
+from dbjax.trace import COMPUTE, FAIL, FETCH, PUSH, RESTART, Trace, groups
+from tests.restored import random_restored
 
 
 def two_shards() -> Trace:
@@ -91,7 +92,8 @@ def test_statistics():
     assert trace.samples_per_replica().tolist() == [32, 16]
     np.testing.assert_allclose(trace.utilisation(), np.array([2.0, 1.5]) / 4.1)
     assert trace.throughput() == pytest.approx(3 / 4.1)
-    assert trace.lost() == {"gradients": 3, "not_finite": 0, "dropped": 0}
+    lost = {"gradients": 3, "updates": 0, "not_finite": 0, "dropped": 0}
+    assert trace.lost() == lost
     summary = json.loads(json.dumps(trace.summary()))
     assert (summary["pushes"], summary["staleness_max"]) == (3, 1)
 
@@ -102,7 +104,8 @@ def test_a_refused_push_counts_once():
     status[[6, 9]] = trace_lib.NOT_FINITE  # the push of replica 1, on both shards
     status[8] = trace_lib.DROPPED
     trace = Trace.from_columns(trace.header, **(trace.columns() | {"status": status}))
-    assert trace.lost() == {"gradients": 3, "not_finite": 1, "dropped": 1}
+    lost = {"gradients": 3, "updates": 0, "not_finite": 1, "dropped": 1}
+    assert trace.lost() == lost
 
 
 def test_staleness_does_not_mind_sparse_ids():
@@ -146,16 +149,115 @@ def test_validate_names_the_first_row(row, column, value, words):
         trace.validate()
 
 
-def test_a_new_incarnation_counts_from_one():
-    trace = two_shards()
-    incarnation = np.zeros(len(trace), int)
-    incarnation[13] = 1
-    columns = trace.columns() | {"incarnation": incarnation}
-    version = trace.version.copy()
-    version[13] = 1
-    Trace.from_columns(trace.header, **(columns | {"version": version})).validate()
-    with pytest.raises(ValueError, match="row 13"):
-        Trace.from_columns(trace.header, **columns).validate()
+def restored() -> Trace:
+    """One shard and two replicas: version 2 is lost, which replica 1 has seen."""
+    rows = [
+        # kind, replica, shard, step, batch, version, base, count, id, incarnation
+        (FETCH, 0, 0, 0, -1, 0, -1, 0, -1, 0),
+        (COMPUTE, 0, -1, 0, 0, -1, -1, 0, -1, 0),
+        (PUSH, 0, 0, 0, -1, 1, 0, 1, 0, 0),
+        (FETCH, 0, 0, 1, -1, 1, -1, 0, -1, 0),
+        (COMPUTE, 0, -1, 1, 1, -1, -1, 0, -1, 0),
+        (PUSH, 0, 0, 1, -1, 2, 1, 1, 1, 0),
+        (FAIL, -1, 0, -1, -1, 1, -1, 1, -1, 1),
+        (RESTART, -1, 0, -1, -1, 1, -1, 0, -1, 1),
+        (FETCH, 1, 0, 2, -1, 2, -1, 0, -1, 0),  # it was on its way
+        (COMPUTE, 1, -1, 2, 0, -1, -1, 0, -1, 0),
+        (PUSH, 0, 0, 1, -1, 2, 1, 1, 1, 1),  # what was lost, once more
+        (FETCH, 0, 0, 3, -1, 1, -1, 0, -1, 1),
+        (PUSH, 1, 0, 2, -1, 3, 2, 1, 0, 1),
+        (COMPUTE, 0, -1, 3, 2, -1, -1, 0, -1, 0),
+        (PUSH, 0, 0, 3, -1, 4, 1, 1, 2, 1),
+    ]
+    names = "kind replica shard step batch version base count id incarnation".split()
+    columns = dict(zip(names, np.array(rows).T, strict=True))
+    time = np.arange(float(len(rows)))
+    return Trace.from_columns({"replicas": 2, "shards": 1}, **columns, time=time)
+
+
+def test_a_restored_shard_counts_on():
+    trace = restored()
+    trace.validate()
+    # The push that the shard handled twice counts as it was handled last.
+    assert trace.staleness()[:, 0].tolist() == [0, 0, 1, 2]
+    lost = {"gradients": 0, "updates": 1, "not_finite": 0, "dropped": 0}
+    assert trace.lost() == lost
+
+
+@pytest.mark.parametrize(
+    "row, column, value, words",
+    [
+        (7, "incarnation", 2, r"row 7 \(RESTART, shard 0\): incarnation is 2; by its "),
+        (7, "version", 3, "version is 3; it must be from 0 to 2, the newest"),
+        (7, "version", -1, "version is -1; it must be from 0 to 2"),
+        (8, "version", 3, "fetches version 3 before a push has made it"),
+        (8, "incarnation", 2, "incarnation is 2; by its RESTART rows .* incarnation 1"),
+        (5, "incarnation", 1, "incarnation is 1; by its RESTART rows .* incarnation 0"),
+        (14, "incarnation", 0, "incarnation is 0; by its RESTART rows"),
+        (10, "version", 3, r"version is 3; .* 2 is the next"),
+        (11, "version", 0, "fetches version 0 of an incarnation that began from"),
+        (12, "base", 1, "base is 1; its oldest gradient was computed on version 2"),
+        (12, "step", 7, "the replica had fetched nothing"),
+        (14, "id", 1, "row 14 .*: id 1 is not above"),
+        (14, "count", 2, "pushed 4 gradients and computed 3"),
+    ],
+)
+def test_validate_knows_restored_shards(row, column, value, words):
+    columns = restored().columns()
+    columns[column] = columns[column].copy()
+    columns[column][row] = value
+    trace = Trace.from_columns(restored().header, **columns)
+    with pytest.raises(ValueError, match=words):
+        trace.validate()
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("shards", [1, 3])
+def test_histories_of_restored_shards(seed, shards):
+    """Staleness is what the shard has handled and the replica has not seen."""
+    trace = random_restored(seed, shards=shards, n_push=1 + seed % 3)
+    trace.validate()
+    seen, computed, handled = {}, {}, {}
+    lives = [[[]] for _ in range(shards)]
+    for row in range(len(trace)):
+        r, s = int(trace.replica[row]), int(trace.shard[row])
+        match trace.kind[row]:
+            case trace_lib.FETCH:
+                line = lives[s][trace.incarnation[row]]
+                seen[r, s] = set(line[: trace.version[row]])
+            case trace_lib.COMPUTE:
+                held = [seen[r, s] for s in range(shards)]
+                computed.setdefault(r, []).append((trace.step[row], held))
+            case trace_lib.PUSH:
+                end = [step for step, _ in computed[r]].index(trace.step[row]) + 1
+                held = computed[r][end - trace.count[row]][1]
+                push = handled.setdefault((r, int(trace.id[row])), [-1] * shards)
+                push[s] = len(set(lives[s][-1]) - held[s])
+                lives[s][-1].append(row)
+            case trace_lib.RESTART if s >= 0:
+                lives[s].append(lives[s][-1][: trace.version[row]])
+    assert trace.staleness().tolist() == list(handled.values())
+    assert trace.lost()["updates"] > 0
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_events_of_restored_shards_in_any_order(seed):
+    trace = random_restored(seed, shards=2, n_push=1 + seed % 2)
+    shuffled = trace.take(np.random.default_rng(seed).permutation(len(trace)))
+    found = Trace.from_events(trace.header, **shuffled.columns())
+    assert sorted(found.staleness().tolist()) == sorted(trace.staleness().tolist())
+    for shard in range(2):
+        of_shard = np.isin(trace.kind, (PUSH, FAIL, RESTART)) & (trace.shard == shard)
+        again = np.isin(found.kind, (PUSH, FAIL, RESTART)) & (found.shard == shard)
+        assert trace.take(of_shard).diff(found.take(again)) is None
+
+
+def test_perfetto_of_restored_shards(tmp_path):
+    restored().to_perfetto(tmp_path / "run.json")
+    events = read_events(tmp_path / "run.json")
+    handled = [e for e in events if e["name"].startswith("push of")]
+    assert [e["args"]["staleness"] for e in handled] == [0, 0, 0, 1, 2]
+    assert {"fail", "restart"} <= {e["name"] for e in events if e["ph"] == "i"}
 
 
 @pytest.mark.parametrize("seed", range(40))

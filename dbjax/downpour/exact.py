@@ -14,6 +14,7 @@ import numpy as np
 
 from dbjax.downpour.plan import Plan
 from dbjax.downpour.problem import Problem, copy, digest
+from dbjax.downpour.restarts import Restart
 from dbjax.downpour.run import peak_copies
 from dbjax.runtime.base import MOST_REJECTED, RejectedTooOften
 from dbjax.server.messages import Push
@@ -82,6 +83,12 @@ class Exact:
         self.pool: list[list[Params]] = [[None] * plan.slots for _ in self.shards]
         for s, shard in enumerate(self.shards):
             self.pool[s][plan.start[s]] = problem.publish(shard.params)
+        self._restarts = {restart.row: restart for restart in plan.restarts}
+        # States by the row that made them, and how often a shard goes back to each.
+        self._returns = collections.Counter((r.made, r.shard) for r in plan.restarts)
+        self._kept: dict[tuple[int, int], ShardState] = {}
+        for s in range(len(self.shards)):
+            self._keep(-1, s)
         self.accrued: list[Any] = [None] * plan.gradient_slots
         self.finite: list[bool] = [True] * plan.gradient_slots
         self.unpushed: list[int] = [0] * plan.gradient_slots
@@ -116,6 +123,8 @@ class Exact:
         while self.row < stop:
             row = self._rows[self.row]
             self._look_ahead(stop)
+            if self.row in self._restarts:
+                self._restart(self._restarts[self.row])
             if row.compute:
                 self._compute(row)
             self.torn = True
@@ -199,6 +208,21 @@ class Exact:
             self.finite[into] &= finite
         self.unpushed[into] = len(self.shards)
 
+    def _keep(self, row: int, s: int) -> None:
+        """Keep a state that the shard goes back to; its next push would consume it."""
+        if (row, s) in self._returns:
+            shard = self.shards[s]
+            state = copy(shard.optimizer_state)
+            self._kept[row, s] = shard._replace(optimizer_state=state)
+
+    def _restart(self, restart: Restart) -> None:
+        at = restart.made, restart.shard
+        shard = self._kept.pop(at)._replace(incarnation=restart.incarnation)
+        self.shards[restart.shard] = shard
+        self._returns[at] -= 1
+        if self._returns[at]:
+            self._keep(*at)
+
     def _push(self, s: int, slot: int, replica: int, step: int) -> None:
         plan, problem, row = self.plan, self.problem, self.row
         if self.unpushed[slot] == len(self.shards):
@@ -233,8 +257,10 @@ class Exact:
         at = int(plan.row[row, s])
         if self._is_digested(at, s):
             self.digests.append((at, digest(self.shards[s].params)))
+        self._keep(row, s)
         self.unpushed[slot] -= 1
-        if not self.unpushed[slot]:
+        # A restored shard may handle a push that it has lost once more.
+        if not self.unpushed[slot] and not self._returns:
             self.accrued[slot] = None
 
     def _is_digested(self, row: int, s: int) -> bool:
@@ -245,7 +271,13 @@ class Exact:
         return bool(every) and (version % every == 0 or version == self._last[s])
 
     def leaves(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """What a checkpoint holds: arrays by name, and a JSON-able note."""
+        """What a checkpoint holds: arrays by name, and a JSON-able note.
+
+        Raises:
+          ValueError: the Trace holds restored shards, as no emulated run does.
+        """
+        if self.plan.restarts:
+            raise ValueError("a replay of restored shards cannot be saved half done")
         arrays: dict[str, np.ndarray] = {}
 
         def pack(name: str, tree: Any) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from dbjax.trace import COMPUTE, DROPPED, FETCH, PUSH, Trace
+from dbjax.downpour.restarts import Restart, number_states
+from dbjax.trace import COMPUTE, DROPPED, FETCH, PUSH, Trace, history
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Plan:
       direct: whether every row computes a gradient and pushes just that to all shards.
       steps: minibatches computed, pushed or not.
       trace: the Trace itself.
+      restarts: restored shards, in order.
     """
 
     compute: np.ndarray
@@ -67,6 +69,7 @@ class Plan:
     direct: bool
     steps: int
     trace: Trace
+    restarts: tuple[Restart, ...] = ()
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -166,7 +169,7 @@ def make_plan(trace: Trace) -> Plan:
     """Schedule the replay of a Trace.
 
     Args:
-      trace: a causal Trace (`trace.validate()` passes), of one incarnation per shard.
+      trace: a causal Trace (`trace.validate()` passes).
 
     Returns:
       The plan.
@@ -180,14 +183,16 @@ def make_plan(trace: Trace) -> Plan:
             "next: it is for time and accounting; call minimize again instead"
         )
     shards = int(trace.header["shards"])
-    if np.any(trace.incarnation != 0):
-        raise ValueError("the Trace holds a restored shard (incarnation above 0)")
-    gradients = _Gradients(trace, shards)
-    if len(gradients.push_rows) and _is_aligned(trace, gradients, shards):
-        columns, direct = _aligned(trace, gradients, shards), True
+    restored = bool(np.any(trace.incarnation != 0))
+    states = number_states(trace) if restored else trace
+    gradients = _Gradients(states, shards)
+    pushing = len(gradients.push_rows) > 0
+    if pushing and not restored and _is_aligned(states, gradients, shards):
+        columns, direct = _aligned(states, gradients, shards), True
     else:
-        columns, direct = _general(trace, gradients, shards), False
-    return _with_slots(trace, columns, shards, direct)
+        columns, direct = _general(states, gradients, shards), False
+    plan = _with_slots(states, columns, shards, direct)
+    return _with_names(plan, trace) if restored else plan
 
 
 def _is_aligned(trace: Trace, gradients: _Gradients, shards: int) -> bool:
@@ -218,6 +223,8 @@ def _aligned(trace: Trace, g: _Gradients, shards: int) -> dict[str, Any]:
         "versions": g.versions[gradient],
         "landed": g.landed[gradient],
         "all": g,
+        "restarting": np.zeros(0, np.int64),
+        "restarts": np.zeros(0, np.int64),
     }
 
 
@@ -232,16 +239,24 @@ def _general(trace: Trace, g: _Gradients, shards: int) -> dict[str, Any]:
         member = offset < g.count
         name[g.by_replica[g.rank[g.newest[member]] - offset]] = g.newest[member]
     push_shard = trace.shard[g.push_rows]
-    at = np.concatenate([2 * when, 2 * g.push_rows + 1])
-    what = np.concatenate([pushed, np.arange(len(g.push_rows))])
-    is_push = np.arange(len(at)) >= len(pushed)
+    restarts = history.restorations(trace)
+    at = np.concatenate([2 * when, 2 * g.push_rows + 1, 2 * restarts])
+    what = np.concatenate(
+        [pushed, np.arange(len(g.push_rows)), np.full(len(restarts), -1)]
+    )
+    is_push = (len(pushed) <= np.arange(len(at))) & (what >= 0)
     gradient: list[int] = []
     born: dict[int, int] = {}
     died: dict[int, int] = {}
     place = np.full(len(g.push_rows), -1)
     busy = [-1] * shards  # the last row in which this shard handled a push
+    restarting: list[int] = []  # the rows that begin with a restored shard
     by = np.lexsort((what, at))
     for push, index in zip(is_push[by].tolist(), what[by].tolist(), strict=True):
+        if index < 0:
+            restarting.append(len(gradient))
+            gradient.append(-1)
+            continue
         if not push:
             gradient.append(index)
             born.setdefault(int(name[index]), len(gradient) - 1)
@@ -272,6 +287,7 @@ def _general(trace: Trace, g: _Gradients, shards: int) -> dict[str, Any]:
     versions = np.where(real[:, None], g.versions[chosen], -1)
     pushes = np.where(row >= 0, row, np.iinfo(np.int64).max).min(axis=1)
     due = np.where((row >= 0).any(axis=1), pushes, g.rows[chosen])
+    due[restarting] = restarts
     return {
         "gradient": chosen,
         "first": first,
@@ -282,6 +298,8 @@ def _general(trace: Trace, g: _Gradients, shards: int) -> dict[str, Any]:
         "versions": versions,
         "landed": g.landed[chosen] & real,
         "all": g,
+        "restarting": np.array(restarting, np.int64),
+        "restarts": restarts,
     }
 
 
@@ -295,6 +313,7 @@ def _with_slots(trace: Trace, c: dict[str, Any], shards: int, direct: bool) -> P
     version = np.where(happens, trace.version[row], -1)
     base = np.where(happens, trace.base[row], -1)
     start, slots = np.zeros(shards, np.int32), 0
+    restarts: list[Restart] = []
     for s in range(shards):
         at = np.flatnonzero(happens[:, s])
         if not np.array_equal(version[at, s], np.arange(1, len(at) + 1)):
@@ -302,12 +321,25 @@ def _with_slots(trace: Trace, c: dict[str, Any], shards: int, direct: bool) -> P
         born = np.concatenate([[-1], at])
         # Each version is the next push's start; the last one stays.
         dead = np.concatenate([at, [n]])
-        for use, rows in ((versions[real, s], np.flatnonzero(real)), (base[at, s], at)):
+        own = trace.shard[c["restarts"]] == s
+        again, begins = c["restarting"][own], c["restarts"][own]
+        back = trace.version[begins]
+        for use, rows in (
+            (versions[real, s], np.flatnonzero(real)),
+            (base[at, s], at),
+            (back, again),
+        ):
             if np.any((use < 0) | (use >= len(born))):
                 raise ValueError(f"shard {s}: a version is used that was never made")
             if np.any(born[use] >= rows):
                 raise ValueError(f"shard {s}: a version is used before it was made")
             np.maximum.at(dead, use, rows)
+        # What a shard goes back to is the start of the push after.
+        np.maximum.at(dead, back, np.append(at, n)[np.searchsorted(at, again)])
+        for i, life, made in zip(
+            again, trace.incarnation[begins], born[back], strict=True
+        ):
+            restarts.append(Restart(int(i), s, int(life), int(made)))
         mine, count = _allot(born, dead)
         slots = max(slots, count)
         start[s], write[at, s] = mine[0], mine[1:]
@@ -337,4 +369,14 @@ def _with_slots(trace: Trace, c: dict[str, Any], shards: int, direct: bool) -> P
         direct=direct,
         steps=len(g.rows),
         trace=trace,
+        restarts=tuple(sorted(restarts)),
     )
+
+
+def _with_names(plan: Plan, trace: Trace) -> Plan:
+    """Say the versions' names again, where states were numbered."""
+    happens = plan.row >= 0
+    staleness = np.zeros_like(plan.staleness)
+    staleness[happens] = history.staleness(trace, plan.row[happens])
+    version = np.where(happens, trace.version[plan.row], -1)
+    return dataclasses.replace(plan, staleness=staleness, version=version, trace=trace)

@@ -117,7 +117,9 @@ def make_machine(
         return Exact(plan, problem, digest_every), "exact"
     small = sum(problem.layout.nbytes) <= LOOP_BYTES
     reason = None
-    if problem.local_optimizer is not None:
+    if plan.restarts:
+        reason = "it holds a shard that was restored from a snapshot"
+    elif problem.local_optimizer is not None:
         reason = "replicas step locally between fetches"
     elif not plan.direct and not small:
         reason = "its shards handle pushes in different orders, or pushes hold several"

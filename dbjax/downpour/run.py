@@ -23,6 +23,7 @@ class RunInfo(NamedTuple):
       peak_copies: the most parameter copies held at once (versions, accrued gradients
         and working memory; the optimizer's state comes on top).
       resumed_at: the step from which a checkpoint was taken up, 0 if none was.
+      lost_updates: updates that failed shards took with them.
     """
 
     steps: int
@@ -35,6 +36,7 @@ class RunInfo(NamedTuple):
     executor: str
     peak_copies: int
     resumed_at: int = 0
+    lost_updates: int = 0
 
 
 class Run(NamedTuple):
@@ -79,6 +81,7 @@ def make_info(trace: Trace, executor: str, peak: int, resumed_at: int = 0) -> Ru
         executor=executor,
         peak_copies=peak,
         resumed_at=resumed_at,
+        lost_updates=lost["updates"],
     )
 
 

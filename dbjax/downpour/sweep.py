@@ -155,8 +155,13 @@ def _check_traces(traces: Any) -> list[Trace]:
     listed = list(traces)
     if not listed:
         raise ValueError("traces must hold at least one Trace, got none")
-    for trace in listed:
+    for index, trace in enumerate(listed):
         check_trace(trace)
+        if trace.incarnation.any():
+            raise ValueError(
+                f"traces[{index}] holds a shard that was restored from a snapshot, "
+                "which only exact replay executes: call replay for each setting"
+            )
     shards = {int(trace.header["shards"]) for trace in listed}
     if len(shards) > 1:
         raise ValueError(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dbjax.trace import columns, groups
+from dbjax.trace import columns, groups, history
 from dbjax.trace.columns import COMPUTE, FAIL, FETCH, PUSH, RESTART
 
 if TYPE_CHECKING:
@@ -78,41 +78,103 @@ def _ranges(trace: "Trace") -> Iterator[Offence]:
 
 
 def _order(trace: "Trace") -> Iterator[Offence]:
-    version, base = trace.version, trace.base
-    rows = np.flatnonzero((trace.kind == FETCH) | (trace.kind == PUSH))
-    pushing = trace.kind[rows] == PUSH
-    made = groups.running_sum((trace.shard[rows], trace.incarnation[rows]), pushing)
-    yield from _first(
-        rows,
-        pushing & (version[rows] != made),
-        lambda row, at: (
-            f"version is {version[row]}; the pushes of a shard make versions "
-            f"1, 2, 3, ..., and {made[at]} is the next"
-        ),
-    )
-    yield from _first(
-        rows,
-        ~pushing & (version[rows] > made),
-        lambda row, at: f"it fetches version {version[row]} before a push has made it",
-    )
-    rows = rows[pushing]
-    # In a later incarnation the base may be a version of an earlier one.
-    known = trace.incarnation[rows] == 0
-    yield from _first(
-        rows,
-        known & ((base[rows] < 0) | (base[rows] >= version[rows])) | (base[rows] < -1),
-        lambda row, at: (
-            f"base is {base[row]}; it must be from 0 to {version[row] - 1}, "
-            "the version before the push"
-        ),
-    )
-    sender = trace.replica[rows], trace.shard[rows]
+    yield from _versions(trace)
+    yield from _bases(trace)
+    rows = np.flatnonzero(trace.kind == PUSH)
+    # A restored shard may handle a push that it has lost once more.
+    sender = trace.replica[rows], trace.shard[rows], trace.incarnation[rows]
     yield from _first(
         rows,
         groups.not_rising(sender, trace.id[rows], least=1),
         lambda row, at: f"id {trace.id[row]} is not above the replica's push before it",
     )
     yield from _gradients(trace)
+
+
+def _versions(trace: "Trace") -> Iterator[Offence]:
+    """Incarnations follow RESTART rows; versions count on from what these name."""
+    restarts = history.restorations(trace)
+    named = (trace.kind == FETCH) | (trace.kind == PUSH)
+    named[restarts] = True
+    rows = np.flatnonzero(named)
+    shard, version = trace.shard[rows], trace.version[rows]
+    kind, incarnation = trace.kind[rows], trace.incarnation[rows]
+    pushing, fetching, restarting = kind == PUSH, kind == FETCH, kind == RESTART
+    # The shard's incarnation by its RESTART rows; the row's, and where that began.
+    now = of = begin = np.zeros(len(rows), np.int64)
+    if len(restarts):
+        now = groups.running_sum((shard,), restarting)
+        of = np.where(restarting, now - 1, np.minimum(incarnation, now))
+        begun = np.zeros((shard.max() + 1, now.max() + 1), np.int64)
+        begun[shard[restarting], now[restarting]] = version[restarting]
+        begin = begun[shard, of]
+    made = begin + groups.running_sum((shard, of), pushing)
+    yield from _first(
+        rows,
+        (incarnation > now) | (~fetching & (incarnation < now)),
+        lambda row, at: (
+            f"incarnation is {incarnation[at]}; by its RESTART rows the shard is in "
+            f"incarnation {now[at]}"
+        ),
+    )
+    yield from _first(
+        rows,
+        pushing & (version != made),
+        lambda row, at: (
+            f"version is {version[at]}; the pushes of a shard make versions "
+            f"1, 2, 3, ..., and {made[at]} is the next"
+        ),
+    )
+    yield from _first(
+        rows,
+        fetching & (version > made),
+        lambda row, at: f"it fetches version {version[at]} before a push has made it",
+    )
+    yield from _first(
+        rows,
+        fetching & (version < begin),
+        lambda row, at: (
+            f"it fetches version {version[at]} of an incarnation that began from "
+            f"version {begin[at]}"
+        ),
+    )
+    yield from _first(
+        rows,
+        restarting & ((version < 0) | (version > made)),
+        lambda row, at: (
+            f"version is {version[at]}; it must be from 0 to {made[at]}, the newest "
+            "of the incarnation before"
+        ),
+    )
+
+
+def _bases(trace: "Trace") -> Iterator[Offence]:
+    version, base = trace.version, trace.base
+    rows = np.flatnonzero(trace.kind == PUSH)
+    later = trace.incarnation[rows] > 0
+    yield from _first(
+        rows,
+        ~later & ((base[rows] < 0) | (base[rows] >= version[rows])),
+        lambda row, at: (
+            f"base is {base[row]}; it must be from 0 to {version[row] - 1}, "
+            "the version before the push"
+        ),
+    )
+    if later.any():
+        # It may be a version of an earlier incarnation: see what was fetched.
+        rows = rows[later]
+        source = history.sources(trace, rows)
+        fetched = np.where(source >= 0, version[source], -1)
+        yield from _first(
+            rows,
+            (base[rows] != fetched) | (source < 0),
+            lambda row, at: (
+                f"base is {base[row]}; its oldest gradient was computed on version "
+                f"{fetched[at]}"
+                if source[at] >= 0
+                else "the replica had fetched nothing to compute its oldest gradient on"
+            ),
+        )
 
 
 def _gradients(trace: "Trace") -> Iterator[Offence]:
@@ -128,9 +190,10 @@ def _gradients(trace: "Trace") -> Iterator[Offence]:
     pushing = trace.kind[rows] == PUSH
     computed = groups.running_sum((trace.replica[rows],), ~pushing)[pushing]
     rows = rows[pushing]
-    pushed = groups.running_sum(
-        (trace.replica[rows], trace.shard[rows]), trace.count[rows]
-    )
+    sender, count = (trace.replica[rows], trace.shard[rows]), trace.count[rows]
+    if trace.incarnation[rows].any():
+        count = np.where(groups.first((*sender, trace.id[rows])), count, 0)
+    pushed = groups.running_sum(sender, count)
     yield from _first(
         rows,
         pushed > computed,

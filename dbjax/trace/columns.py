@@ -95,7 +95,9 @@ def describe_row(trace: Any, row: int) -> str:
     """One row in words, for error messages: `row 7 (PUSH, replica 3, shard 0)`."""
     kind = int(trace.kind[row])
     name = KIND_NAMES[kind] if kind < len(KIND_NAMES) else f"kind {kind}"
-    words = [name, f"replica {int(trace.replica[row])}"]
+    words = [name]
+    if trace.replica[row] >= 0:
+        words.append(f"replica {int(trace.replica[row])}")
     if trace.shard[row] >= 0:
         words.append(f"shard {int(trace.shard[row])}")
     return f"row {row} ({', '.join(words)})"

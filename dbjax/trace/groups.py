@@ -35,6 +35,18 @@ def groups(keys: Keys) -> tuple[np.ndarray, np.ndarray]:
     return order, begins
 
 
+def first(keys: Keys) -> np.ndarray:
+    """Marks the first row of each group; bool `[n]`.
+
+    >>> first((np.array([7, 8, 7]),))
+    array([ True,  True, False])
+    """
+    order, begins = groups(keys)
+    result = np.empty(len(order), bool)
+    result[order] = begins
+    return result
+
+
 def running_sum(keys: Keys, values: np.ndarray) -> np.ndarray:
     """Sums `values` `[n]` up to and with each row, within its group; int64 `[n]`.
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dbjax.trace import groups
+from dbjax.trace import groups, history
 from dbjax.trace.columns import COMPUTE, FAIL, FETCH, JOIN, LEAVE, PUSH, RESTART
 
 if TYPE_CHECKING:
@@ -153,15 +153,20 @@ def _dependencies(trace: "Trace") -> tuple[np.ndarray, np.ndarray]:
     pushes, others = np.flatnonzero(pushing), np.flatnonzero(~pushing)
     place = np.arange(len(trace))
     turn = np.argsort(_TURN)[trace.kind]
-    # A replica has one clock of its own, and a shard counts versions.
+    # A replica has one clock of its own, and a shard counts incarnations and versions.
+    of_replica = trace.replica[others] >= 0
+    of_shard = others[~of_replica]  # FAIL and RESTART
+    others = others[of_replica]
     chain(others, (trace.replica,), trace.time, trace.start, turn, place)
-    chain(pushes, (trace.shard, trace.incarnation), trace.version)
-    chain(pushes, (trace.replica, trace.shard), trace.id)
+    restarts = history.restorations(trace)
+    line = np.concatenate([restarts, pushes])
+    chain(line, (trace.shard,), trace.incarnation, pushing, trace.version)
+    chain(of_shard, (trace.shard,), trace.incarnation, trace.kind)
+    chain(pushes, (trace.replica, trace.shard), trace.incarnation, trace.id)
     state = trace.shard, trace.incarnation, trace.version
     fetches = np.flatnonzero(trace.kind == FETCH)
     edges.append(_match(state, pushes, fetches))
-    restarts = np.flatnonzero((trace.kind == RESTART) & (trace.shard >= 0))
-    edges.append(_match(state[:2], restarts, pushes))
+    edges.append(_match(state[:2], restarts, fetches))
     computes = np.flatnonzero(trace.kind == COMPUTE)
     ticketed = pushes[trace.step[pushes] >= 0]
     edges.append(_match((trace.replica, trace.step), computes, ticketed))
@@ -196,7 +201,10 @@ def _computed(
     summed = np.empty(len(pushes), np.int64)
     ordered = pushes[pushes_order]
     keys = trace.replica[ordered], trace.shard[ordered]
-    summed[pushes_order] = groups.running_sum(keys, trace.count[ordered])
+    # A restored shard may handle a push that it has lost once more.
+    news = groups.first((*keys, trace.id[ordered]))
+    count = np.where(news, trace.count[ordered], 0)
+    summed[pushes_order] = groups.running_sum(keys, count)
     last = begin + summed - 1
     there = (summed > 0) & (last < end)
     return computes[last[there]], pushes[there]

@@ -13,7 +13,9 @@ import os
 from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Any
 
-from dbjax.trace import columns
+import numpy as np
+
+from dbjax.trace import columns, history
 from dbjax.trace.columns import COMPUTE, FETCH, PUSH
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ _EVENTS_AT_ONCE = 1 << 10
 _PUSH_ARGS = "replica id step version base count incarnation bytes".split()
 _encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 _COLUMNS = [name for name in columns.COLUMNS if name != "digest"]
+_FIELDS = [*_COLUMNS, "staleness"]
 
 
 def write(trace: "Trace", path: str | os.PathLike[str], seconds: float = 1.0) -> None:
@@ -54,12 +57,15 @@ def write(trace: "Trace", path: str | os.PathLike[str], seconds: float = 1.0) ->
 
 
 def _rows(trace: "Trace") -> Iterator[dict[str, Any]]:
-    table = [getattr(trace, name) for name in _COLUMNS]
+    pushes = np.flatnonzero(trace.kind == PUSH)
+    staleness = np.full(len(trace), -1)
+    staleness[pushes] = history.staleness(trace, pushes)
+    table = [*(getattr(trace, name) for name in _COLUMNS), staleness]
     for begin in range(0, len(trace), _ROWS_AT_ONCE):
         # Lists of Python numbers: row by row, numpy scalars are ten times slower.
         part = [column[begin : begin + _ROWS_AT_ONCE].tolist() for column in table]
         for values in zip(*part, strict=True):
-            yield dict(zip(_COLUMNS, values, strict=True))
+            yield dict(zip(_FIELDS, values, strict=True))
 
 
 class _Events:
@@ -156,9 +162,8 @@ class _Events:
         one["bytes"] += row["bytes"]
         args = {name: row[name] for name in _PUSH_ARGS} | {"status": status}
         if row["base"] >= 0:
-            staleness = row["version"] - 1 - row["base"]
-            args["staleness"] = staleness
-            self._counter(SHARDS, f"staleness of shard {shard}", row["time"], staleness)
+            args["staleness"] = missed = row["staleness"]
+            self._counter(SHARDS, f"staleness of shard {shard}", row["time"], missed)
         name = f"push of replica {replica}"
         self._slice(SHARDS, shard, name, row["start"], row["time"], args)
 

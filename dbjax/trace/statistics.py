@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dbjax.trace import columns, groups
+from dbjax.trace import columns, groups, history
 
 if TYPE_CHECKING:
     from dbjax.trace.table import Trace
@@ -58,7 +58,8 @@ def push_index(trace: "Trace") -> tuple[np.ndarray, np.ndarray]:
         number of their push, counted by the first row of each `(replica, id)`.
     """
     rows = np.flatnonzero(trace.kind == columns.PUSH)
-    if trace.header["shards"] == 1:
+    # A restored shard may handle a push that it has lost once more.
+    if trace.header["shards"] == 1 and not trace.incarnation.any():
         return rows, np.arange(len(rows))
     replica, ids = trace.replica[rows], trace.id[rows]
     # One slot per (replica, id): a table beats a sort, as ids count from 0.
@@ -81,15 +82,14 @@ def push_index(trace: "Trace") -> tuple[np.ndarray, np.ndarray]:
 def staleness(trace: "Trace") -> np.ndarray:
     """Updates that each push missed on each shard, int64 `[pushes, shards]`.
 
-    Its entry is `version - 1 - base`, and -1 where a shard never saw the push or the
-    base is not known. Rows stand in the order of the pushes' first PUSH rows.
+    Its entry is `version - 1 - base` (see `history.missed` for shards that lost the
+    base), and -1 where a shard never saw the push or the base is not known. Rows stand
+    in the order of the pushes' first PUSH rows.
     """
     rows, push = push_index(trace)
     pushes = int(push.max()) + 1 if len(push) else 0
     result = np.full((pushes, trace.header["shards"]), -1, np.int64)
-    base = trace.base[rows]
-    missed = np.where(base >= 0, trace.version[rows] - 1 - base, -1)
-    result[push, trace.shard[rows]] = missed
+    result[push, trace.shard[rows]] = history.staleness(trace, rows)
     return result
 
 
@@ -97,14 +97,17 @@ def lost(trace: "Trace") -> dict[str, int]:
     """What did not reach the parameters.
 
     Returns:
-        `gradients`: accrued gradients that failures took; `not_finite` and `dropped`:
-        pushes, each counted once however many shards refused it.
+        `gradients`: accrued gradients that replicas' failures took; `updates`: versions
+        that shards' failures took; `not_finite` and `dropped`: pushes, each counted
+        once however many shards refused it.
     """
     failed = trace.kind == columns.FAIL
+    of_shard = trace.replica < 0
     rows, push = push_index(trace)
     status = trace.status[rows]
     return {
-        "gradients": int(trace.count[failed].sum(dtype=np.int64)),
+        "gradients": int(trace.count[failed & ~of_shard].sum(dtype=np.int64)),
+        "updates": int(trace.count[failed & of_shard].sum(dtype=np.int64)),
         "not_finite": len(np.unique(push[status == columns.NOT_FINITE])),
         "dropped": len(np.unique(push[status == columns.DROPPED])),
     }

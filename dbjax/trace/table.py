@@ -20,6 +20,13 @@ class Trace:
     (its `step` is the ticket it was asked for); the `PUSH` rows of one push, one per
     shard, share `(replica, id)`.
 
+    A state is named by (shard, incarnation, version). A version counts the pushes that
+    the state has handled. A `RESTART` row of a shard (`replica` is -1) says that it was
+    restored: it goes on as `incarnation`, from `version` of the incarnation before, and
+    its next push makes the version after that one. A `FAIL` row before says how many
+    updates that loses. Whatever is on its way goes on naming what was lost, and what
+    was lost may be pushed once more.
+
     Attributes:
         kind: `[rows]` uint8: FETCH, COMPUTE, PUSH, JOIN, FAIL, RESTART, LEAVE.
         time: `[rows]` float64: when the event ended.
@@ -29,12 +36,14 @@ class Trace:
         step: `[rows]` int64: the ticket.
         batch: `[rows]` int64: COMPUTE: the replica's own minibatch index.
         version: `[rows]` int64: FETCH: the version received; PUSH: the shard's
-            version after it.
+            version after it; RESTART of a shard: the version it goes back to.
         base: `[rows]` int64: PUSH: the shard's version that its oldest gradient was
-            computed on.
-        count: `[rows]` int32: PUSH: gradients summed; FAIL: gradients lost.
+            computed on, in the incarnation of the FETCH in force then.
+        count: `[rows]` int32: PUSH: gradients summed; FAIL: gradients lost, of a shard:
+            updates lost.
         status: `[rows]` uint8: TAKEN, NOT_FINITE, DROPPED (each counts a version).
-        incarnation: `[rows]` int32: of the shard.
+        incarnation: `[rows]` int32: of the shard: FETCH: when it was served; PUSH: when
+            it was handled; RESTART: from then on.
         bytes: `[rows]` int64: size of the message.
         id: `[rows]` int64: PUSH: the replica's own push counter.
         digest: `[rows]` uint64: of the shard's parameters after the event, 0 if none.
@@ -191,10 +200,11 @@ class Trace:
     def validate(self) -> None:
         """Checks that the rows can have happened in this order.
 
-        Values are in range; the pushes of a (shard, incarnation) make versions 1, 2,
-        3, ...; a fetch of a version comes after the push that made it; a push is based
-        on a version before its own, its ids go up per (replica, shard), and it sums no
-        more gradients than its replica has computed; minibatches do not go backwards.
+        Values are in range; RESTART rows make the incarnations 1, 2, 3, ... of a shard,
+        and the pushes of each versions one after the other; a fetch of a version comes
+        after the push that made it; a push is based on a version before its own, its
+        ids go up per (replica, shard, incarnation), and it sums no more gradients than
+        its replica has computed; minibatches do not go backwards.
 
         Raises:
             ValueError: naming the first row that cannot have happened there.
@@ -279,8 +289,9 @@ class Trace:
         """Updates that each push missed on each shard, int64 `[pushes, shards]`.
 
         An entry is the shard's version when the push arrived minus the version that
-        its oldest gradient was computed on; -1 where the shard never saw the push.
-        Pushes stand in the order of their first PUSH row.
+        its oldest gradient was computed on; -1 where the shard never saw the push. If
+        the shard has lost that version, it is counted from the one it was restored
+        from. Pushes stand in the order of their first PUSH row.
         """
         return statistics.staleness(self)
 
@@ -312,7 +323,11 @@ class Trace:
         return statistics.partition_bytes(self)
 
     def lost(self) -> dict[str, int]:
-        """Counts `gradients` lost in failures, and pushes `not_finite`, `dropped`."""
+        """Counts what did not reach the parameters.
+
+        They are `gradients` lost by replicas that failed, `updates` lost by shards that
+        failed, and pushes `not_finite` and `dropped`.
+        """
         return statistics.lost(self)
 
     def summary(self) -> dict[str, Any]:

@@ -218,7 +218,7 @@ def test_traces_that_name_what_is_not_there():
         make_plan(changed(trace, "step", push[3], 50))
     with pytest.raises(ValueError, match="replica 0 computes before it has fetched"):
         make_plan(trace.take(np.arange(len(trace)) != fetch[0]))
-    with pytest.raises(ValueError, match="restored shard"):
+    with pytest.raises(ValueError, match="and 0 RESTART rows"):
         make_plan(changed(trace, "incarnation", push[3], 1))
 
 

@@ -15,13 +15,28 @@ import optax
 import pytest
 
 import dbjax
+from dbjax import trace as trace_lib
+from dbjax.downpour.exact import Exact
 from dbjax.downpour.plan import make_plan
+from dbjax.downpour.problem import copy, digest
 from dbjax.downpour.protocol import Protocol
 from dbjax.downpour.run import peak_copies
 from dbjax.runtime.base import RejectedTooOften
-from dbjax.trace import COMPUTE, DROPPED, NOT_FINITE, PUSH, TAKEN, Trace
+from dbjax.server.messages import Push
+from dbjax.trace import (
+    COMPUTE,
+    DROPPED,
+    FAIL,
+    NOT_FINITE,
+    PUSH,
+    RESTART,
+    TAKEN,
+    Trace,
+    history,
+)
 from tests import problems, textbook
 from tests.problems import ADAGRAD, DATA, MOMENTUM, PARAMS, SGD, loss_fn
+from tests.restored import random_restored
 
 NEAR = dbjax.Cluster(step_time=dbjax.Gamma(1.0, 2.0))
 FAR = dbjax.Cluster(
@@ -152,6 +167,177 @@ def test_delays(seed, exact):
         problems.flat(run.params), want[-1], rtol=3e-4, atol=3e-5
     )
     np.testing.assert_array_equal(run.trace.staleness()[:, 0], delays)
+
+
+# Shards that were restored, and pushes that were torn.
+
+
+def _compensate(eta):
+    def update(g, state, params, *, stale_params, staleness, **extra):
+        def step(g, w, old):
+            return -eta * (g + 0.1 * (w - old)) / (1 + staleness)
+
+        return jax.tree.map(step, g, params, stale_params), state
+
+    return optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), update)
+
+
+AWARE = _compensate(0.05), lambda: textbook.compensated(0.05)
+REMEMBERING = optax.chain(AWARE[0], optax.trace(0.9))
+
+
+@pytest.mark.parametrize("rule", ["adagrad", "aware"])
+@pytest.mark.parametrize("shards", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(6))
+def test_restored_shards_go_on_as_the_textbook_does(rule, shards, seed):
+    optimizer, twin = AWARE if rule == "aware" else RULES[rule]
+    provide = ("staleness", "stale_params") if rule == "aware" else ()
+    trace = random_restored(seed, shards, n_push=1 + seed % 3)
+    run = replay(trace, optimizer=optimizer, provide=provide)
+    want = problems.play(trace, twin, aware=rule == "aware")
+    np.testing.assert_allclose(problems.flat(run.params), want, rtol=3e-4, atol=3e-5)
+    assert run.info.lost_updates == trace.lost()["updates"] > 0
+    assert run.info.lost_gradients == trace.lost()["gradients"]
+
+
+def walk_by_name(trace, problem):
+    """What live shards and replicas do, every state kept under its name; and digests."""
+    shards = trace.header["shards"]
+    parts = problem.split(problem.params)
+    states = [{(0, 0): problem.shard.init(copy(part))} for part in parts]
+    now, origins = [(0, 0)] * shards, [[] for _ in range(shards)]
+    held, accrued, sent = {}, {}, {}
+    digests = np.zeros(len(trace), np.uint64)
+    columns = {name: values.tolist() for name, values in trace.columns().items()}
+    for row in range(len(trace)):
+        one = {name: values[row] for name, values in columns.items()}
+        r, s = one["replica"], one["shard"]
+        name = one["incarnation"], one["version"]
+        match one["kind"]:
+            case trace_lib.FETCH:
+                held.setdefault(r, {})[s] = name
+            case trace_lib.COMPUTE:
+                names = [held[r][s] for s in range(shards)]
+                seen = [
+                    problem.publish(states[s][n].params) for s, n in enumerate(names)
+                ]
+                batch = problem.batch(r, one["batch"])
+                params = problem.fetch(tuple(seen))
+                g, _ = problem.compute(params, batch, r, one["batch"])
+                if accrued.get(r):
+                    first, names, seen = accrued[r]
+                    g = problem.accrue(first, g)
+                accrued[r] = g, names, seen
+            case trace_lib.PUSH:
+                if (r, one["id"]) not in sent:
+                    g, names, seen = accrued.pop(r)
+                    sent[r, one["id"]] = problem.split(g), names, seen
+                g, names, seen = sent[r, one["id"]]
+                life, base = names[s]
+                state = states[s][now[s]]
+                shard = state._replace(optimizer_state=copy(state.optimizer_state))
+                missed = history.missed(shard.version, base, life, origins[s])
+                message = Push(
+                    *(r, one["id"], one["step"], g[s], shard.version - missed),
+                    taken=one["status"] == TAKEN,
+                    stale_params=jax.tree.map(
+                        lambda old, w: old.astype(w.dtype), seen[s], shard.params
+                    ),
+                )
+                states[s][name], _ = problem.shard.handle(shard, message)
+                digests[row] = digest(states[s][name].params)
+                now[s] = name
+            case trace_lib.FAIL if s < 0:
+                accrued.pop(r, None)
+            case trace_lib.RESTART if s >= 0:
+                # The newest incarnation that made it, or what that one began from.
+                old = name[0] - 1, name[1]
+                while old not in states[s]:
+                    old = old[0] - 1, old[1]
+                states[s][name] = states[s][old]
+                origins[s].append(name[1])
+                now[s] = name
+    return [states[s][now[s]] for s in range(shards)], digests
+
+
+@pytest.mark.parametrize(
+    ("seed", "narrow"), [(0, False), (1, False), (1, True), (3, False)]
+)
+def test_restored_shards_go_on_bit_for_bit(seed, narrow):
+    """As live ones do that keep a copy of each state; also a run that ends so."""
+    shards = 1 + seed % 2
+    keywords = {"provide": ("staleness", "stale_params")}
+    keywords["optimizer"] = REMEMBERING
+    keywords["version_dtype"] = jnp.bfloat16 if narrow else None
+    whole = random_restored(100 + seed, shards, n_push=1 + seed % 3, turns=250)
+    restarts = np.flatnonzero((whole.kind == RESTART) & (whole.shard >= 0))
+    for end in (len(whole), restarts[-1] + 1):
+        trace = whole.take(slice(0, end))
+        problem = REPLAY.make_problem(
+            *(loss_fn, PARAMS, DATA), shards=shards, replicas=4, **keywords
+        )
+        states, digests = walk_by_name(trace, problem)
+        trace = dataclasses.replace(trace, digest=digests)
+        run = replay(trace, verify=True, **keywords)
+        want = problem.whole(tuple(state.params for state in states))
+        problems.assert_same_bits(run.params, want)
+        kept = tuple(state.optimizer_state for state in states)
+        problems.assert_same_bits(run.optimizer_state, kept)
+    pushes = np.flatnonzero(trace.kind == PUSH)
+    digests = digests.copy()
+    digests[pushes[-1]] += 1
+    with pytest.raises(ValueError, match=f"row {pushes[-1]}, "):
+        replay(dataclasses.replace(trace, digest=digests), verify=True, **keywords)
+
+
+def test_only_exact_replay_knows_restored_shards():
+    trace = random_restored(1, shards=2)
+    with pytest.warns(UserWarning, match="exactly, not compiled: it holds a shard"):
+        run = replay(trace, exact=False)
+    problems.assert_same_bits(run.params, replay(trace).params)
+    with pytest.raises(
+        ValueError, match=r"traces\[1\] holds a shard that was restored"
+    ):
+        dbjax.sweep(
+            [Trace.from_delays([0, 1])] + [random_restored(0)],
+            *(loss_fn, PARAMS, DATA, optax.sgd, {"learning_rate": np.array([0.1])}),
+        )
+    problem = REPLAY.make_problem(
+        loss_fn, PARAMS, DATA, optimizer=ADAGRAD, shards=2, replicas=4
+    )
+    with pytest.raises(ValueError, match="cannot be saved half done"):
+        Exact(make_plan(trace), problem).leaves()
+
+
+def test_evaluations_see_what_a_shard_was_restored_to():
+    """Between the RESTART row and the next push the lost version is gone."""
+    trace = random_restored(3, turns=300)
+    seen = []
+    replay(
+        trace, eval_every=1, eval_fn=lambda p, *_: seen.append(problems.flat(p)) or {}
+    )
+    computes = np.flatnonzero(trace.kind == COMPUTE)
+    ends = [*computes[1:].tolist(), len(trace)]
+    restarts = (trace.kind == RESTART) & (trace.shard >= 0)
+    last = [row - 1 for row in ends if restarts[:row][-1]]
+    assert last
+    for row in last:
+        want = problems.play(trace.take(slice(0, row + 1)), RULES["adagrad"][1])
+        got = seen[ends.index(row + 1)]
+        np.testing.assert_allclose(got, want, rtol=3e-4, atol=3e-5)
+
+
+@pytest.mark.parametrize(("seed", "exact"), [(0, True), (1, True), (1, False)])
+def test_torn_pushes(seed, exact):
+    """A push that some shards have taken, the others count as dropped."""
+    trace = random_restored(seed, shards=3, n_push=1 + seed, turns=600, deaths=0)
+    after = np.flatnonzero(trace.kind == FAIL) + 1
+    after = after[after < len(trace)]
+    assert (trace.status[after[trace.kind[after] == PUSH]] == DROPPED).any()
+    run = replay(trace, exact=exact)
+    want = problems.play(trace, RULES["adagrad"][1])
+    np.testing.assert_allclose(problems.flat(run.params), want, rtol=3e-4, atol=3e-5)
+    assert run.info.dropped == trace.lost()["dropped"] > 0
 
 
 # Compiled against exact.
@@ -553,7 +739,7 @@ def corrupted(trace, what):
         ("a row is missing", "breaks at row .* pushes of a shard make versions"),
         ("backwards", "breaks at row"),
         ("an unknown step", "PUSH of a step that no COMPUTE row has"),
-        ("a restored shard", r"restored shard \(incarnation above 0\)"),
+        ("a restored shard", "incarnation is 1; by its RESTART rows .* incarnation 0"),
     ],
 )
 def test_a_trace_that_does_not_fit_is_never_replayed(what, words, exact):
