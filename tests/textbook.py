@@ -21,9 +21,16 @@ def sgd(eta: float) -> Rule:
     return lambda w, dw: w - eta * dw
 
 
-def compensated(eta: float) -> Rule:
-    """A rule that makes use of what it is told about delays, in no paper."""
-    return lambda w, dw, old, missed: w - eta * (dw + 0.1 * (w - old)) / (1 + missed)
+class Compensated:
+    """A rule that remembers, and is aware of delays; it is in no paper."""
+
+    def __init__(self, eta: float):
+        self.eta, self.momentum = eta, 0.0
+
+    def __call__(self, w, dw, old, missed):
+        step = self.eta * (dw + 0.1 * (w - old)) / (1 + missed)
+        self.momentum = step + 0.9 * self.momentum
+        return w - self.momentum
 
 
 class Adagrad:

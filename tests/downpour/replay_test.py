@@ -179,11 +179,11 @@ def _compensate(eta):
 
         return jax.tree.map(step, g, params, stale_params), state
 
-    return optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), update)
+    rule = optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), update)
+    return optax.chain(rule, optax.trace(0.9))
 
 
-AWARE = _compensate(0.05), lambda: textbook.compensated(0.05)
-REMEMBERING = optax.chain(AWARE[0], optax.trace(0.9))
+AWARE = _compensate(0.05), lambda: textbook.Compensated(0.05)
 
 
 @pytest.mark.parametrize("rule", ["adagrad", "aware"])
@@ -267,7 +267,7 @@ def test_restored_shards_go_on_bit_for_bit(seed, narrow):
     """As live ones do that keep a copy of each state; also a run that ends so."""
     shards = 1 + seed % 2
     keywords = {"provide": ("staleness", "stale_params")}
-    keywords["optimizer"] = REMEMBERING
+    keywords["optimizer"] = AWARE[0]
     keywords["version_dtype"] = jnp.bfloat16 if narrow else None
     whole = random_restored(100 + seed, shards, n_push=1 + seed % 3, turns=250)
     restarts = np.flatnonzero((whole.kind == RESTART) & (whole.shard >= 0))
