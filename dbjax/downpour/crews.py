@@ -15,7 +15,7 @@ from dbjax.downpour.problem import Problem, digest
 from dbjax.downpour.provenance import restore_streams, stream_state
 from dbjax.runtime.base import Program
 from dbjax.runtime.parcels import Held, to_wire
-from dbjax.runtime.ray import Ray, share
+from dbjax.runtime.ray import Ray
 from dbjax.runtime.recorder import Recorder
 from dbjax.runtime.remote import RemoteCrew, Terms
 from dbjax.runtime.threads import Crew, Threads
@@ -178,7 +178,8 @@ def ray_crew(
         def shard_maker(shard: int, held: Held, zero: float) -> Any:
             there = session.share(f"shard {shard}", held)
             return functools.partial(
-                make_shard, kit, a.protocol, runtime.digest_every, timeout, share,
+                make_shard, kit, a.protocol, runtime.digest_every, timeout,
+                session.share_there,
                 *(shard, there, zero),
             )  # fmt: skip
 

@@ -5,8 +5,10 @@ import dataclasses
 import functools
 import hashlib
 import math
+import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -193,6 +195,11 @@ class Session:
         """See `Transport.share`."""
         return share(what, value, keyed)
 
+    @property
+    def share_there(self) -> Callable[[str, Any], "_Shared"]:
+        """See `Transport.share_there`."""
+        return share
+
     def host(
         self,
         name: str,
@@ -376,6 +383,8 @@ def _host_class() -> Any:
                 threading.Event().wait()
             if method == "node":
                 return ray.get_runtime_context().get_node_id()
+            if method == "pid":  # for whoever wants to kill it
+                return os.getpid()
             return getattr(self._object, method)(*args)
 
     return ray.remote(concurrency_groups={WORK: 1, SIDE: _SIDE_THREADS})(Host)
@@ -397,7 +406,10 @@ def _connect(settings: Ray) -> None:
     if settings.address == "local":
         options |= {"num_cpus": cores(), "include_dashboard": False}
     try:
-        ray.init(address=settings.address, namespace="dbjax", **options)
+        with warnings.catch_warnings():
+            # Python warns of forks in a process with threads; Ray executes at once.
+            warnings.filterwarnings("ignore", r"os\.fork\(\)", RuntimeWarning)
+            ray.init(address=settings.address, namespace="dbjax", **options)
     except ConnectionError as error:
         raise ConnectionError(
             f"no Ray cluster answers at address={settings.address!r}: start one with "

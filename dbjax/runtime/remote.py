@@ -126,6 +126,7 @@ class RemoteCrew:
     ) -> None:
         self.program, self.transport, self.terms = program, transport, terms
         self.recorder, self.batches, self.ids = recorder, batches, ids
+        self._inbox: queue.Queue[Callable[[], Any]] = queue.Queue()
         self._zero = recorder.zero()
         self._clock = Recorder(zero=self._zero)  # this thread's own
         pairs = zip(batches, ids, strict=True)
@@ -133,12 +134,11 @@ class RemoteCrew:
         self.shards = RemoteShards(
             transport,
             lambda shard, held: terms.make_shard(shard, held, self._zero),
-            *(begin, terms.standby, terms.timeout, self._clock, self._when),
-            self._shard_moved,
+            *(begin, terms.standby, terms.timeout, self._clock),
+            *(self._do, self._shard_moved),
         )
         self._order = CausalOrder(len(begin))
         self._order.begin_at((held.version, held.incarnation) for held in begin)
-        self._inbox: queue.Queue[Callable[[], None]] = queue.Queue()
         self.events: queue.Queue[tuple[str, Any]] = queue.Queue()
         self._marks: dict[str, int] = {}
         self._paused = self._stopped = self._over = False
@@ -168,7 +168,7 @@ class RemoteCrew:
             self.shards.start()
             yield
         finally:
-            self._over = True
+            self._inbox.put(self._end)
             hearing.join()
             self.shards.end()
 
@@ -220,7 +220,7 @@ class RemoteCrew:
     def collect(self) -> list[ShardState]:
         """Complete the record, while nothing is under way; give the shards' states."""
         held, merged = self.shards.collect(), threading.Event()
-        self._inbox.put(lambda: (self._merge(), merged.set()) and None)
+        self._inbox.put(lambda: (self._merge(), merged.set()))
         while not merged.wait(LOOK_UP):
             pass
         for one in held:
@@ -250,7 +250,7 @@ class RemoteCrew:
 
     def _hear(self) -> None:
         while not self._over:
-            call: Callable[[], None] = self._look_around
+            call: Callable[[], Any] = self._look_around
             with contextlib.suppress(queue.Empty):
                 call = self._inbox.get(timeout=LOOK_UP)
             try:
@@ -260,6 +260,9 @@ class RemoteCrew:
                 self._fail(-1, -1, error)
                 for replica in range(len(self._members)):
                     self._let_go(replica)
+
+    def _do(self, call: Callable[[], Any]) -> None:
+        self._inbox.put(call)
 
     def _when(self, reply: Reply, call: Callable[[Reply], None]) -> None:
         """Have `call(reply)` called by this thread when the reply is there."""
@@ -496,6 +499,9 @@ class RemoteCrew:
     def _stop(self) -> None:
         self._stopped, self._paused = True, False
         self._feed_all()
+
+    def _end(self) -> None:
+        self._over = True
 
     def _pause(self) -> None:
         self._paused = True

@@ -14,6 +14,10 @@ from dbjax.trace import FAIL, RESTART
 _AT = {name: place for place, name in enumerate(COLUMNS)}
 
 
+MOST_FAILURES = 5
+"""So many processes in a row that cannot be started end a run."""
+
+
 class Loss(NamedTuple):
     """A shard that was restored from a copy.
 
@@ -40,7 +44,7 @@ class RemoteShards:
       standby: whether each has one.
       timeout: seconds until one must have answered.
       recorder: for the clock.
-      when: has a function called by the driver's thread when a reply is there.
+      post: has a function called by the driver's thread.
       moved: told `(shard, address)` when one has moved.
     """
 
@@ -52,16 +56,17 @@ class RemoteShards:
         standby: bool,
         timeout: float,
         recorder: Recorder,
-        when: Callable[[Reply, Callable[[Reply], None]], None],
+        post: Callable[[Callable[[], Any]], None],
         moved: Callable[[int, Address], None],
     ) -> None:
         self._transport, self._make, self._timeout = transport, make, timeout
         self._wants_standby, self._recorder = standby, recorder
-        self._when, self._moved = when, moved
+        self._post, self._moved = post, moved
         self._copies = list(begin)
         self._homes: list[Address] = []
         self._standbys: list[Address | None] = [None] * len(begin)
         self._coming: list[Address | None] = [None] * len(begin)
+        self._failures = [0] * len(begin)
         self._held_back: list[list[Callable[[], None]]] = [[] for _ in begin]
         self._change = threading.Condition()
         self.moving: set[int] = set()
@@ -81,21 +86,25 @@ class RemoteShards:
     # In the thread of whoever runs.
 
     def start(self) -> None:
-        """Start all, and wait until they are there."""
-        hosted = [self._host(shard, self._copies[shard]) for shard in range(len(self))]
-        self._homes = [address for address, _ in hosted]
-        for _, reply in hosted:
-            reply.result(self._timeout)
-        for shard in range(len(self)):
-            self._watch(shard, self._homes[shard])
+        """Start all, and wait until they are there, with their standbys."""
+        hosted = [self._host(s, self._copies[s]) for s in range(len(self))]
+        for shard, (address, reply) in enumerate(hosted):
+            while True:
+                try:
+                    reply.result(self._timeout)
+                    break
+                except Gone:
+                    address, reply = self._host_again(shard)
+            self._homes.append(address)
+        for shard, address in enumerate(self._homes):
+            self._watch(shard, address)
         if not self._wants_standby:
             return
-        hosted = [self._host(s, self._copies[s], away=True) for s in range(len(self))]
-        for shard, (address, reply) in enumerate(hosted):
-            reply.result(self._timeout)
-            self._homes[shard].ask("adopt", address).result(self._timeout)
-            self._standbys[shard] = address
-            self._watch(shard, address)
+        with self._change:
+            self._post(lambda: [self._find_standby(s) for s in range(len(self))])
+            if not self._change.wait_for(lambda: all(self._standbys), self._timeout):
+                missing = [s for s, one in enumerate(self._standbys) if one is None]
+                raise Late(f"the standbys of shards {missing} have not come")
 
     def end(self) -> None:
         """Let all go."""
@@ -237,7 +246,9 @@ class RemoteShards:
     def _know(self, row: Any) -> bool:
         key = row[_AT["incarnation"]], row[_AT["version"]]
         known = self._known[row[_AT["shard"]]]
-        return known.setdefault(key, row) is row
+        new = key not in known
+        known.setdefault(key, row)
+        return new
 
     def acknowledged(self, replica: int) -> list[int]:
         """By shard: the last push of a replica that is known to be handled."""
@@ -261,7 +272,7 @@ class RemoteShards:
         if address is self._standbys[shard]:
             self.deaths += 1
             self._standbys[shard] = None
-            self._homes[shard].ask("forsake", lane=SIDE)
+            self._homes[shard].ask("forsake", address, lane=SIDE)
             self._find_standby(shard)
         elif address is self._homes[shard] and shard not in self.moving:
             self.deaths += 1
@@ -288,10 +299,12 @@ class RemoteShards:
                 self._restore(shard)
                 return
             self.promotions += not restored
+            self._failures[shard] = 0
             with self._change:
                 self._homes[shard] = address
                 self.moving.discard(shard)
                 self._change.notify_all()
+            self._watch(shard, address)  # anew: it may have died before it was home
             self._moved(shard, address)
             held_back, self._held_back[shard] = self._held_back[shard], []
             for send in held_back:
@@ -325,10 +338,10 @@ class RemoteShards:
             try:
                 reply.result(self._timeout)
             except (Gone, Late):
+                self._count_failure(shard)
                 self._restore(shard)
                 return
             self._promote(shard, address, restored=True)
-            self._watch(shard, address)
 
         self._when(reply, there)
 
@@ -343,18 +356,47 @@ class RemoteShards:
             try:
                 reply.result(self._timeout)
             except (Gone, Late):
+                again()
                 return
-            home = self._homes[shard]
-            if shard not in self.moving:
+            if self._coming[shard] is address:
+                home = self._homes[shard]
                 self._when(home.ask("adopt", address), adopted)
 
         def adopted(reply: Reply) -> None:
             try:
                 reply.result(self._timeout)
             except (Gone, Late):
+                again()
                 return
             if self._coming[shard] is address:
-                self._coming[shard], self._standbys[shard] = None, address
+                with self._change:
+                    self._coming[shard], self._standbys[shard] = None, address
+                    self._failures[shard] = 0
+                    self._change.notify_all()
                 self._watch(shard, address)
 
+        def again() -> None:
+            if self._coming[shard] is not address:
+                return  # it has taken the shard's place
+            self._coming[shard] = None
+            self._transport.kill(address)
+            self._count_failure(shard)
+            self._find_standby(shard)
+
         self._when(reply, there)
+
+    def _host_again(self, shard: int) -> tuple[Address, Reply]:
+        self._count_failure(shard)
+        return self._host(shard, self._copies[shard])
+
+    def _count_failure(self, shard: int) -> None:
+        self.deaths += 1
+        self._failures[shard] += 1
+        if self._failures[shard] >= MOST_FAILURES:
+            raise RuntimeError(
+                f"shard {shard} could not be started, {MOST_FAILURES} times in a row"
+            )
+
+    def _when(self, reply: Reply, call: Callable[[Reply], None]) -> None:
+        """Have `call(reply)` called by the driver's thread when the reply is there."""
+        reply.then(lambda reply: self._post(lambda: call(reply)))

@@ -55,7 +55,8 @@ class ShardHost:
         self._timeout = timeout
         self._recorder = Recorder(zero=zero)
         self._standby: Address | None = None
-        self._forsaken = threading.Event()
+        self._forsaken: list[Address] = []
+        self._news_of_standby = threading.Condition()
         # A version must not be written over between being chosen and being looked at.
         self._looking = threading.Lock()
         self._spare: Params = None
@@ -162,9 +163,11 @@ class ShardHost:
 
     # Beside these.
 
-    def forsake(self) -> None:
-        """The standby is gone: go on alone. Only the driver knows which of two is."""
-        self._forsaken.set()
+    def forsake(self, standby: Address) -> None:
+        """A standby is gone: go on alone. Only the driver knows which of two is."""
+        with self._news_of_standby:
+            self._forsaken.append(standby)
+            self._news_of_standby.notify_all()
 
     def fetch(self, replica: int = -1) -> Answer:
         """Give the newest version that shows, by a reference that many may use."""
@@ -286,12 +289,15 @@ class ShardHost:
         except Deposed:
             raise
         except Gone:
-            if not self._forsaken.wait(self._timeout):
+            with self._news_of_standby:
+                told = self._news_of_standby.wait_for(
+                    lambda: self._standby in self._forsaken, self._timeout
+                )
+            if not told:
                 raise Late(
                     f"shard {self._index}: its standby is gone, and the driver has not "
                     f"said what next for {self._timeout:g} s"
                 ) from None
-            self._forsaken.clear()
             self._standby = None
 
     @functools.cached_property

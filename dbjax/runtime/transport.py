@@ -81,6 +81,11 @@ class Transport(Protocol):
         """
         ...
 
+    @property
+    def share_there(self) -> Callable[[str, Any], Shared]:
+        """A function like `share`, to be sent along and called in any process."""
+        ...
+
     def host(
         self,
         name: str,
