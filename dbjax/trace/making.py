@@ -155,13 +155,12 @@ def _dependencies(trace: "Trace") -> tuple[np.ndarray, np.ndarray]:
     turn = np.argsort(_TURN)[trace.kind]
     # A replica has one clock of its own, and a shard counts incarnations and versions.
     of_replica = trace.replica[others] >= 0
-    of_shard = others[~of_replica]  # FAIL and RESTART
-    others = others[of_replica]
-    chain(others, (trace.replica,), trace.time, trace.start, turn, place)
+    of_replicas, of_shards = others[of_replica], others[~of_replica]
+    chain(of_replicas, (trace.replica,), trace.time, trace.start, turn, place)
     restarts = history.restorations(trace)
     line = np.concatenate([restarts, pushes])
     chain(line, (trace.shard,), trace.incarnation, pushing, trace.version)
-    chain(of_shard, (trace.shard,), trace.incarnation, trace.kind)
+    chain(of_shards, (trace.shard,), trace.incarnation, trace.kind)  # FAIL, RESTART
     chain(pushes, (trace.replica, trace.shard), trace.incarnation, trace.id)
     state = trace.shard, trace.incarnation, trace.version
     fetches = np.flatnonzero(trace.kind == FETCH)

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 import dbjax
+from dbjax import trace as trace_lib
 from dbjax.downpour.plan import make_plan
 from dbjax.downpour.protocol import Protocol
 from dbjax.downpour.run import peak_copies
 from dbjax.trace import COMPUTE, DROPPED, FETCH, PUSH, Trace
+from tests.restored import random_restored
 
 PLAIN = dbjax.Cluster(step_time=dbjax.Gamma(1.0, 2.0))
 LINKS = dbjax.Cluster(
@@ -197,6 +199,48 @@ def test_lost_gradients_are_not_computed():
     pushed = int(trace.count[(trace.kind == PUSH) & (trace.shard == 0)].sum())
     assert int(make_plan(trace).compute.sum()) == pushed
     assert pushed < int((trace.kind == COMPUTE).sum())
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("seed", range(8))
+def test_states_that_are_lost_or_gone_back_to_stay_in_their_slots(seed, shards):
+    """A state is named by the row of the push that made it, -1 at the start."""
+    trace = random_restored(seed, shards, n_push=1 + seed % 3)
+    lives, fetched, read = [[[-1]] for _ in range(shards)], {}, {}
+    begun = {}  # the row that each push begins from
+    for row in range(len(trace)):
+        r, s = int(trace.replica[row]), int(trace.shard[row])
+        version, life = int(trace.version[row]), int(trace.incarnation[row])
+        match trace.kind[row]:
+            case trace_lib.FETCH:
+                fetched[r, s] = lives[s][life][version]
+            case trace_lib.COMPUTE:
+                read[r, int(trace.batch[row])] = [fetched[r, s] for s in range(shards)]
+            case trace_lib.PUSH:
+                begun[row] = lives[s][life][-1]
+                lives[s][life].append(row)
+            case trace_lib.RESTART if s >= 0:
+                lives[s].append(lives[s][-1][: version + 1])
+    plan = make_plan(trace)
+    restarts = {restart.row: restart for restart in plan.restarts}
+    pool = [[None] * plan.slots for _ in range(shards)]
+    now = [-1] * shards
+    for s in range(shards):
+        pool[s][plan.start[s]] = -1
+    for i in range(len(plan)):
+        if i in restarts:
+            s, made = restarts[i].shard, restarts[i].made
+            now[s] = int(plan.row[made, s]) if made >= 0 else -1
+        if plan.compute[i]:
+            held = [pool[s][plan.read[i, s]] for s in range(shards)]
+            assert held == read[int(plan.replica[i]), int(plan.batch[i])]
+        for s in np.flatnonzero(plan.row[i] >= 0):
+            row = int(plan.row[i, s])
+            assert now[s] == begun[row]
+            pool[s][plan.write[i, s]] = now[s] = row
+            assert begun[row] in pool[s]  # no push writes over what it begins from
+    assert now == [lives[s][-1][-1] for s in range(shards)]
+    assert len(plan.restarts) == sum(len(life) - 1 for life in lives) > 0
 
 
 def changed(trace, name, row, value):
