@@ -105,14 +105,15 @@ def images(options: Options, home: pathlib.Path) -> list[Row]:
         pixels = np.clip(np.asarray(smooth) + fine, 0, 255).astype(np.uint8)
         (folder := home / f"class{i % 8}").mkdir(exist_ok=True)
         Image.fromarray(pixels).save(folder / f"{i}.jpg", quality=90)
-    source = files.ImageFolder(home, size=100)
-    plain = from_source(source, BATCH)
-    model = vision("80M", classes=21_000)
-    rows = []
-    for name, data in (("in place", plain), ("prefetched", prefetch(plain))):
-        what = f"JPEG 500x375, vision 80M, {name}"
-        rows.append(_row(options, "images", what, data, model, slow=True))
-    return rows
+    plain = from_source(files.ImageFolder(home, size=100), BATCH)
+    models = {"vision, 2 maps": vision("80M", maps=(2, 2, 2), classes=100)}
+    if not options.quick:
+        models["vision 80M"] = vision("80M")
+    return [
+        _row(options, "images", f"JPEG 500x375, {name}, {how}", data, model, slow=True)
+        for name, model in models.items()
+        for how, data in (("in place", plain), ("prefetched", prefetch(plain)))
+    ]
 
 
 def _row(
@@ -129,7 +130,7 @@ def _row(
     step = _training(model, *keys)
     steps = options.rounds if slow else 10 * options.rounds
     waits, wholes = [], []
-    for i in range(-2, 2 if options.quick else steps):
+    for i in range(-2, 6 if options.quick else steps):
         begin = time.perf_counter()
         batch = data.batch(0, i + 2)
         got = time.perf_counter()
