@@ -16,10 +16,11 @@ from dbjax.downpour.provenance import restore_streams, stream_state
 from dbjax.runtime.base import Program
 from dbjax.runtime.parcels import Held, to_wire
 from dbjax.runtime.ray import Ray
-from dbjax.runtime.recorder import Recorder
+from dbjax.runtime.recorder import COLUMNS, Recorder
 from dbjax.runtime.remote import RemoteCrew, Terms
 from dbjax.runtime.threads import Crew, Threads
 from dbjax.server.shard import ShardState
+from dbjax.trace import RESTART
 
 
 class Beginning(NamedTuple):
@@ -200,8 +201,9 @@ def ray_crew(
                 else to_wire(jax.tree.leaves(state.optimizer_state)),
                 state.version,
                 state.incarnation,
+                origins=tuple(_origins(begin.recorder, shard)),
             )
-            for state in begin.states
+            for shard, state in enumerate(begin.states)
         ]  # fmt: skip
         crew = RayCrew(
             *(problem, a.steps, program, session, terms, held),
@@ -209,3 +211,10 @@ def ray_crew(
         )
         with crew.open():
             yield crew
+
+
+def _origins(recorder: Recorder, shard: int) -> list[int]:
+    """The versions that a shard's incarnations 1, 2, ... began from."""
+    kind, of, version = (COLUMNS.index(name) for name in ("kind", "shard", "version"))
+    rows = [row for row in recorder.rows if row[kind] == RESTART and row[of] == shard]
+    return [row[version] for row in rows]

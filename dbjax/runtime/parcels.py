@@ -22,6 +22,7 @@ class Parcel(NamedTuple):
       push: whose, which, and the gradients.
       life: which life of the replica sends it; one that was given up is fenced.
       count: how many gradients are summed.
+      bases: by shard, `push.base` and `push.origin`.
       sent: when, in seconds since the run began.
       clocks: the protocol's, where it looks at them.
       journal: rows of the replica since its last push, so that a shard knows what was
@@ -32,6 +33,7 @@ class Parcel(NamedTuple):
     push: Push
     life: int
     count: int
+    bases: tuple[tuple[int, int], ...]
     sent: float
     clocks: Any = None
     journal: tuple[Any, ...] = ()

@@ -413,7 +413,7 @@ class RemoteCrew:
         member.since = time.monotonic()
         member.asked, member.next_id = report.asked, report.next_id
         member.batch = max(member.batch, report.batch)
-        self._learn(member, report.rows)
+        self._learn(member, life, report.rows)
         words = self.program.requests
         if order.step >= 0:
             member.deaths = 0
@@ -450,14 +450,15 @@ class RemoteCrew:
         if finished == self.program.tickets.warmstart_steps:  # the others' turn
             self._feed_all()
 
-    def _learn(self, member: Member, rows: Any) -> None:
+    def _learn(self, member: Member, life: int, rows: Any) -> None:
         """Take the rows that are not known yet, of the replica itself or of shards."""
         for row in rows:
             if row[_AT["kind"]] == PUSH:
                 if self.shards.heard(row):
                     self._count(row)
                 continue
-            name = row[_AT["kind"]], row[_AT["step"]], row[_AT["shard"]]
+            # A step that was given back may be its own again, in another life.
+            name = life, row[_AT["kind"]], row[_AT["step"]], row[_AT["shard"]]
             if name in member.seen:
                 continue
             member.seen.add(name)
@@ -476,7 +477,7 @@ class RemoteCrew:
             member.seen.add(id_)
             member.unpushed -= row[_AT["count"]]
         self.updates += 1
-        self.staleness += row[_AT["version"]] - 1 - row[_AT["base"]]
+        self.staleness += max(0, row[_AT["version"]] - 1 - row[_AT["base"]])
         if row[_AT["shard"]] == 0:
             bad = row[_AT["status"]] == NOT_FINITE
             self._in_a_row = self._in_a_row + 1 if bad else 0
@@ -546,7 +547,7 @@ class RemoteCrew:
         member = self._members[replica]
         parcels = {p.push.id: p for some in sent.values() for p in some}
         for id_ in sorted(parcels):
-            self._learn(member, parcels[id_].journal)
+            self._learn(member, parcels[id_].life, parcels[id_].journal)
             member.next_id = max(member.next_id, id_ + 1)
             if id_ not in member.seen:
                 member.seen.add(id_)

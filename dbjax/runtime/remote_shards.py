@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from dbjax.runtime.live_shard import Snapshot
 from dbjax.runtime.parcels import Answer, Held
 from dbjax.runtime.recorder import COLUMNS, Recorder
-from dbjax.runtime.transport import SIDE, Address, Gone, Late, Reply, Transport
+from dbjax.runtime.transport import SIDE, WORK, Address, Gone, Late, Reply, Transport
 from dbjax.server.shard import ShardState
 from dbjax.trace import FAIL, RESTART
 
@@ -16,6 +16,13 @@ _AT = {name: place for place, name in enumerate(COLUMNS)}
 
 MOST_FAILURES = 5
 """So many processes in a row that cannot be started end a run."""
+
+
+class Asked(NamedTuple):
+    """A reply under way, and who was asked."""
+
+    address: Address
+    reply: Reply
 
 
 class Loss(NamedTuple):
@@ -119,22 +126,22 @@ class RemoteShards:
         with self._change:
             return tuple(self._homes)
 
-    def ask_all_to_show(self) -> list[Reply]:
+    def ask_all_to_show(self) -> list[Asked]:
         """Ask for the newest versions of all."""
-        return [a.ask("fetch", lane=SIDE) for a in self.addresses()]
+        return [Asked(a, a.ask("fetch", lane=SIDE)) for a in self.addresses()]
 
-    def snapshot(self, step: int, now: float, asked: list[Reply]) -> Snapshot:
+    def snapshot(self, step: int, now: float, all_asked: list[Asked]) -> Snapshot:
         """Wait for the newest versions that all were asked for."""
         states = []
-        for shard, reply in enumerate(asked):
-            answer = self._patiently(shard, reply, "fetch", SIDE, self._with_params)
+        for shard, asked in enumerate(all_asked):
+            answer = self._patiently(shard, asked, "fetch", SIDE, self._with_params)
             states.append(ShardState(answer.params, None, answer.version))
         return Snapshot(step, now, tuple(states), lambda: None)
 
     def collect(self) -> list[Held]:
         """Give all they hold, while no push is under way; their logs begin anew."""
-        asked = [address.ask("collect") for address in self.addresses()]
-        held = [self._patiently(s, reply, "collect") for s, reply in enumerate(asked)]
+        asked = [Asked(a, a.ask("collect")) for a in self.addresses()]
+        held = [self._patiently(s, one, "collect") for s, one in enumerate(asked)]
         for shard, one in enumerate(held):
             self._copies[shard] = one._replace(log=(), digests=())
             for row in one.log:
@@ -162,28 +169,29 @@ class RemoteShards:
     def _patiently(
         self,
         shard: int,
-        reply: Reply,
+        asked: Asked,
         method: str,
-        lane: str = "work",
+        lane: str = WORK,
         finish: Callable[[Any], Any] = lambda answer: answer,
     ) -> Any:
         """Wait for an answer; ask again where the shard has moved meanwhile."""
         while True:
-            asked = self.addresses()[shard]
             try:
-                return finish(reply.result(self._timeout))
+                return finish(asked.reply.result(self._timeout))
             except Gone:
                 pass
+            before = asked.address
             with self._change:
                 there = self._change.wait_for(
-                    lambda asked=asked: (
-                        self._homes[shard] is not asked and shard not in self.moving
+                    lambda before=before: (
+                        self._homes[shard] is not before and shard not in self.moving
                     ),
                     self._timeout,
                 )
+                home = self._homes[shard]
             if not there:
                 raise Late(f"shard {shard} has not come back for {self._timeout:g} s")
-            reply = self.addresses()[shard].ask(method, lane=lane)
+            asked = Asked(home, home.ask(method, lane=lane))
 
     # In the driver's thread.
 

@@ -148,8 +148,7 @@ class _Away:
             self._news.notify_all()
 
     def take_rows(self) -> list[Any]:
-        rows, self._recorder.rows = self._recorder.rows, []
-        return rows
+        return _take(self._recorder.rows)
 
     # Surroundings, see there.
 
@@ -161,8 +160,7 @@ class _Away:
         answers, self._brought = self._brought, None
         if answers is None:
             answers = self._fetch()
-            for answer in answers:
-                self._recorder.rows += answer.rows
+            self._hear(answers)
         return [
             Fetched(from_wire(answer.params), answer.version, answer.incarnation)
             for answer in answers
@@ -192,15 +190,16 @@ class _Away:
         return self.next - 1
 
     def push(self, step: int, messages: list[Push], count: int, fetches: bool) -> None:
-        journal, self._journal = tuple(self._journal), []
+        journal = tuple(_take(self._journal))
         now, fetches = self.now(), fetches and self._combine
+        bases = tuple((message.base, message.origin) for message in messages)
         parcels = [
             Parcel(
                 message._replace(
                     gradients=to_wire(message.gradients),
                     stale_params=to_wire(message.stale_params),
                 ),
-                *(self.life, count, now, self.clocks, journal, fetches),
+                *(self.life, count, bases, now, self.clocks, journal, fetches),
             )
             for message in messages
         ]
@@ -230,10 +229,15 @@ class _Away:
         sent = self._under_way[0]
         answers = [self._answer_to_push(s, sent) for s in range(len(sent.parcels))]
         self._under_way.popleft()
-        for answer in answers:
-            self._recorder.rows += answer.rows
+        self._hear(answers)
         if sent.parcels[0].fetches:
             self._brought = answers
+
+    def _hear(self, answers: list[Answer]) -> None:
+        """Pass on what shards say of pushes, which may be known nowhere else."""
+        for answer in answers:
+            self._recorder.rows += answer.rows
+            self._journal += answer.rows
 
     def _answer_to_push(self, shard: int, sent: _Sent) -> Answer:
         """Wait for a shard's answer; where it died, send all again to the next one."""
@@ -287,3 +291,11 @@ class _Away:
                     f"{shard} to come back"
                 )
             asked = again()
+
+
+def _take(rows: list[Any]) -> list[Any]:
+    """Take what a list holds now; another thread may append meanwhile."""
+    now = len(rows)
+    taken = rows[:now]
+    del rows[:now]
+    return taken

@@ -14,6 +14,7 @@ from dbjax.runtime.recorder import Recorder
 from dbjax.runtime.transport import Address, Deposed, Gone, Late, Reply, Shared
 from dbjax.server.shard import Shard, ShardState
 from dbjax.trace import DROPPED, NOT_FINITE, PUSH, TAKEN
+from dbjax.trace.history import missed
 from dbjax.typing import Params
 
 MOST_NEWS = 64
@@ -99,8 +100,9 @@ class ShardHost:
         for parcel in parcels:
             message = parcel.push
             if message.id > self._handled.get(message.replica, (0, -1))[1]:
-                dropped = parcel._replace(push=message._replace(taken=False))
-                self._handle(dropped, DROPPED)
+                base, origin = parcel.bases[self._index]  # it came from another shard
+                message = message._replace(taken=False, base=base, origin=origin)
+                self._handle(parcel._replace(push=message), DROPPED)
 
     def fence(self, replica: int, life: int) -> list[Parcel]:
         """Take nothing more from a replica's life, or those before it.
@@ -234,7 +236,8 @@ class ShardHost:
         return parcel._replace(push=message._replace(taken=False)), status
 
     def _missed(self, parcel: Parcel) -> int:
-        return self._state.version - parcel.push.base
+        push, version = parcel.push, self._state.version
+        return missed(version, push.base, push.origin, self._origins)
 
     def _handle(self, parcel: Parcel, status: int) -> None:
         message, version = parcel.push, self._state.version + 1
