@@ -193,6 +193,8 @@ def ray_crew(
             snapshot_every=max(1, a.steps // 10) if every is None else every,
             timeout=timeout,
             replicas_at=runtime.replicas_at,
+            watch=runtime.watch,
+            watch_every=runtime.watch_every,
         )
         held = [
             Held(

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from dbjax.runtime.lanes import cores
+from dbjax.runtime.remote import Progress
 from dbjax.runtime.transport import SIDE, WORK, Gone, Late, Reply
 
 _SIDE_THREADS = 8
@@ -31,26 +32,6 @@ _CONFIG = (
     "jax_persistent_cache_min_entry_size_bytes",
 )
 """What a process takes over from the one that starts it, so that both compute alike."""
-
-
-class Progress(NamedTuple):
-    """How a run on Ray goes.
-
-    Attributes:
-      step: minibatches finished.
-      time: seconds since the run began.
-      updates_per_second: pushes handled, since the last time.
-      staleness: their mean staleness.
-      replicas: how many are alive.
-      deaths: of replicas and shards, so far.
-    """
-
-    step: int
-    time: float
-    updates_per_second: float
-    staleness: float
-    replicas: int
-    deaths: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,6 +33,26 @@ _AT = {name: place for place, name in enumerate(COLUMNS)}
 _OUT, _COMING, _HERE, _DEAD = "out", "coming", "here", "dead"
 
 
+class Progress(NamedTuple):
+    """How a run goes.
+
+    Attributes:
+      step: minibatches finished.
+      time: seconds since the run began.
+      updates_per_second: pushes that the shards have handled, since the last time.
+      staleness: their mean staleness.
+      replicas: how many are alive.
+      deaths: of replicas and shards, so far.
+    """
+
+    step: int
+    time: float
+    updates_per_second: float
+    staleness: float
+    replicas: int
+    deaths: int
+
+
 class Order(NamedTuple):
     """What a replica was told to do.
 
@@ -57,6 +77,8 @@ class Terms(NamedTuple):
       snapshot_every: minibatches between copies of the shards; 0 for none.
       timeout: seconds until a process that does not answer is given up.
       replicas_at: how many replicas are wanted after so many minibatches.
+      watch: told how the run goes.
+      watch_every: seconds between.
     """
 
     make_replica: Callable[..., Callable[[], Any]]
@@ -65,7 +87,9 @@ class Terms(NamedTuple):
     standby: bool
     snapshot_every: int
     timeout: float
-    replicas_at: Callable[[int], int] | None
+    replicas_at: Callable[[int], int] | None = None
+    watch: Callable[[Progress], None] | None = None
+    watch_every: float = 1.0
 
 
 class Member:
@@ -145,7 +169,8 @@ class RemoteCrew:
         self._still, self._empty = threading.Event(), threading.Event()
         self._looked = time.monotonic()
         self._in_a_row = self.deaths = 0
-        self.updates = self.staleness = 0
+        self._updates, self._staleness = 0, 0  # since the watch was last told
+        self._told = time.monotonic()
 
     # What the run does.
 
@@ -273,6 +298,8 @@ class RemoteCrew:
         if time.monotonic() - self._looked > LOOK_UP:
             self._looked = time.monotonic()
             self._look_for_the_silent()
+        if self.terms.watch is not None:
+            self._tell(self.terms.watch)
         members = [member for member in self._members if member.place != _OUT]
         over = not members and (self._stopped or self.program.tickets.is_empty())
         if over and not self._empty.is_set():
@@ -283,6 +310,24 @@ class RemoteCrew:
         quiet = all(m.place == _HERE and m.still for m in members)
         if self._paused and quiet and not self.shards.moving:
             self._still.set()
+
+    def _tell(self, watch: Callable[[Progress], None]) -> None:
+        """Tell how the run goes, if it is time."""
+        seconds = time.monotonic() - self._told
+        if seconds < self.terms.watch_every or self._empty.is_set():
+            return
+        pushes, self._told = self._updates, time.monotonic()
+        watch(
+            Progress(
+                step=self.program.tickets.finished,
+                time=self._clock.now(),
+                updates_per_second=pushes / len(self.shards) / seconds,
+                staleness=self._staleness / max(1, pushes),
+                replicas=sum(member.place == _HERE for member in self._members),
+                deaths=self.deaths + self.shards.deaths,
+            )
+        )
+        self._updates = self._staleness = 0
 
     # Who is there.
 
@@ -476,8 +521,8 @@ class RemoteCrew:
         if id_ not in member.seen:
             member.seen.add(id_)
             member.unpushed -= row[_AT["count"]]
-        self.updates += 1
-        self.staleness += max(0, row[_AT["version"]] - 1 - row[_AT["base"]])
+        self._updates += 1
+        self._staleness += max(0, row[_AT["version"]] - 1 - row[_AT["base"]])
         if row[_AT["shard"]] == 0:
             bad = row[_AT["status"]] == NOT_FINITE
             self._in_a_row = self._in_a_row + 1 if bad else 0
