@@ -2,8 +2,9 @@
 
 The coordinator sees scalars only: `coordinator` runs a method of `methods`, `batches`
 says which portions it sees, `portions` hands these out, and `vectors` gives commands to
-the shards. `emulated` and `live` are who computes; `schedule` says how long a batch
-takes on an emulated cluster.
+the shards. `emulated` and `live` are who computes: the latter with a `hand` for each
+replica, `threaded` or `remote`. `schedule` says how long a batch takes on an emulated
+cluster.
 """
 
 from dbjax.sandblaster.batches import FullBatch as FullBatch

@@ -1,8 +1,8 @@
 """`Vectors`: the coordinator's only door to the vectors; through it come scalars only.
 
 One class, three places where vectors may live, each a small function: `in_process`
-arrays, arrays spread `on_mesh` over devices, and `on_shards`. What is asked of a vector
-is the same in each and agrees to rounding.
+arrays, arrays spread `on_mesh` over devices, and `on_shards`; in `remote_vectors` there
+is a fourth. What is asked of a vector is the same in each and agrees to rounding.
 """
 
 import functools
