@@ -1,6 +1,5 @@
 """Replicas x partitions, in a process that has eight devices; see partitions_test.py."""
 
-import os
 import pathlib
 import re
 import threading
@@ -284,10 +283,6 @@ def main():
     import sys
     import tempfile
 
-    # What several runs compile alike is compiled once.
-    jax.config.update("jax_compilation_cache_dir", os.environ["CACHE"])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     for name, check in sorted(globals().items()):
         if name.startswith("check_") and (len(sys.argv) < 2 or sys.argv[1] in name):
             begun = time.perf_counter()

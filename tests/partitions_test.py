@@ -10,8 +10,8 @@ CHECKS = sorted(name for name in vars(partitions_check) if name.startswith("chec
 
 
 @pytest.mark.multidevice
-def test_replicas_with_partitions(tmp_path):
+def test_replicas_with_partitions():
     script = pathlib.Path(partitions_check.__file__)
     # Without NPROC: runs must not need a large pool of threads.
-    lines = many_devices.run(script, CACHE=str(tmp_path), NPROC="")
+    lines = many_devices.run(script, NPROC="")
     assert lines == CHECKS
