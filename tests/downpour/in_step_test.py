@@ -1,6 +1,7 @@
 """Shards in step are one machine to the compiled executors, and nobody can tell."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,12 @@ RULES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def compiled_once(monkeypatch):
+    problems.compile_once(monkeypatch)
+
+
+@functools.cache
 def made(rule, shards, **keywords):
     return make_problem(
         *(problems.loss_fn, problems.PARAMS, problems.DATA),

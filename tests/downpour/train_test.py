@@ -104,7 +104,7 @@ def test_numpy_integers_are_integers(runtime, kind):
     names = {"replicas": 3, "shards": 2, "steps": 9, "n_fetch": 2, "n_push": 2}
     names |= {"warmstart_steps": 2, "eval_every": 4}
     given = {name: kind(value) for name, value in names.items()}
-    run = train(runtime, eval_fn=lambda *_: {}, **given)
+    run = train(runtime, eval_fn=lambda *_: {}, per_shard=True, **given)
     kept = {name: run.trace.header[name] for name in list(names)[:-1]}
     assert kept == {name: names[name] for name in kept}
     assert all(type(value) is int for value in kept.values())
@@ -113,8 +113,8 @@ def test_numpy_integers_are_integers(runtime, kind):
 
 @pytest.mark.parametrize("kind", [np.int8, jnp.int32])
 def test_integers_of_any_kind_are_integers(kind):
-    run = train(shards=kind(6))
-    problems.assert_same_bits(run.params, train(shards=6).params)
+    run, want = (train(shards=shards, per_shard=True) for shards in (kind(6), 6))
+    problems.assert_same_bits(run.params, want.params)
 
 
 @pytest.mark.parametrize(
