@@ -52,6 +52,14 @@ def train(runtime, **keywords):
     return dbjax.downpour.train(loss, PARAMS, DATA, runtime=runtime, **keywords)
 
 
+def replay(trace, **keywords):
+    """`replay`, every digest checked; keywords as `train` had them."""
+    names = "optimizer", "local_optimizer", "version_dtype", "mesh", "rules"
+    kept = {name: keywords[name] for name in names if name in keywords}
+    kept = {"optimizer": ADAGRAD, "per_shard": True} | kept
+    return dbjax.replay(trace, loss, PARAMS, DATA, verify=True, **kept)
+
+
 def farthest(one, other):
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     return max(float(np.abs(a - b).max()) for a, b in pairs)
@@ -123,15 +131,7 @@ def check_downpour_is_the_same_run_and_replays_to_the_same_bits():
                 *(runtime,), **extra, shards=shards, mesh=mesh, rules=rules,
                 eval_fn=evaluate, eval_every=10,
             )  # fmt: skip
-            names = "local_optimizer", "version_dtype", "optimizer"
-            again = dbjax.replay(
-                *(run.trace, loss, PARAMS, DATA), verify=True, mesh=mesh, rules=rules,
-                **{"optimizer": ADAGRAD},
-                **{n: extra[n] for n in names[:2] if n in extra},
-            ) if "optimizer" not in extra else dbjax.replay(
-                *(run.trace, loss, PARAMS, DATA), verify=True, mesh=mesh, rules=rules,
-                optimizer=extra["optimizer"],
-            )  # fmt: skip
+            again = replay(run.trace, mesh=mesh, rules=rules, **extra)
             assert farthest(run.params, again.params) == 0, (axes, runtime, extra)
             if isinstance(runtime, dbjax.Emulated):
                 if chosen not in plain:
@@ -150,6 +150,7 @@ def check_a_function_makes_the_parameters_where_they_belong():
         return jax.tree.map(jnp.asarray, PARAMS)
 
     keywords = {"optimizer": ADAGRAD, "steps": 12, "mesh": mesh, "rules": RULES}
+    keywords["per_shard"] = True
     run = dbjax.downpour.train(loss, make, DATA, shards=2, **keywords)
     other = dbjax.downpour.train(loss, PARAMS, DATA, shards=2, **keywords)
     assert farthest(run.params, other.params) == 0
@@ -198,10 +199,7 @@ def check_a_checkpoint_goes_on(tmp):
         if isinstance(runtime, dbjax.Emulated):
             assert farthest(run.params, whole.params) == 0
         else:
-            again = dbjax.replay(
-                *(run.trace, loss, PARAMS, DATA), optimizer=ADAGRAD, verify=True,
-                mesh=mesh, rules=RULES,
-            )  # fmt: skip
+            again = replay(run.trace, mesh=mesh, rules=RULES)
             assert farthest(run.params, again.params) == 0
 
 
