@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from configs import breast_cancer_sandblaster, speech_downpour, vision_downpour
 from dbjax.trace import Trace
 from experiments import dry_run, meshes, registry, train, workloads
+from tests import many_devices
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -33,6 +34,7 @@ def test_a_run_is_partitioned_and_says_what_that_costs(tmp_path):
         **{"methods": "downpour", "steps": 8, "eval_every": 4, "runtime": "threads"},
         **{"workload.hidden": "(8, 8)", "workload.states": 4, "workload.batch_size": 4},
     }
+    environment = {name: os.environ[name] for name in os.environ if name != "NPROC"}
     done = subprocess.run(
         [
             *(sys.executable, "-m", "experiments.main", f"--workdir={tmp_path}"),
@@ -40,7 +42,7 @@ def test_a_run_is_partitioned_and_says_what_that_costs(tmp_path):
             *(f"--config.{key}={value}" for key, value in options.items()),
         ],
         cwd=ROOT,
-        env={name: os.environ[name] for name in os.environ if name != "NPROC"},
+        env=environment | {"XLA_FLAGS": many_devices.PLAIN_CODE},
         capture_output=True,
         text=True,
         timeout=300,
