@@ -20,7 +20,7 @@ from matplotlib import axes, collections, figure, ticker  # noqa: E402
 from matplotlib import axis as axis_lib  # noqa: E402
 
 from dbjax import trace as trace_lib  # noqa: E402
-from dbjax.trace import Trace  # noqa: E402
+from dbjax.trace import Trace, history  # noqa: E402
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#bdbdbd"
@@ -300,7 +300,8 @@ def _carried(trace: Trace, work: Trace) -> np.ndarray:
 
     That is the mean over shards; NaN where no push came (it failed).
     """
-    pushes = trace.take((trace.kind == trace_lib.PUSH) & (trace.base >= 0))
+    rows = np.flatnonzero((trace.kind == trace_lib.PUSH) & (trace.base >= 0))
+    pushes, stale = trace.take(rows), history.staleness(trace, rows)
     result = np.full(len(work), np.nan)
     for replica in np.unique(work.replica):
         mine = np.flatnonzero(work.replica == replica)
@@ -308,7 +309,7 @@ def _carried(trace: Trace, work: Trace) -> np.ndarray:
         ids, push = np.unique(sent.id, return_inverse=True)
         if not len(ids):
             continue
-        missed = sent.version - 1 - sent.base
+        missed = stale[pushes.replica == replica]
         mean = np.bincount(push, weights=missed) / np.bincount(push)
         arrived = np.full(len(ids), -np.inf)
         np.maximum.at(arrived, push, sent.time)

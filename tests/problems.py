@@ -1,6 +1,7 @@
 """One small regression for every test of a run, compiled once and not once a run."""
 
 import dataclasses
+import json
 import signal
 import sys
 import threading
@@ -44,6 +45,23 @@ def gradient(flat, replica, batch, data=DATA):
 
 def flat(params):
     return np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(params)])
+
+
+class Notes:
+    """What replicas note down, in whichever process they are."""
+
+    def __init__(self, folder):
+        self.file = folder / "notes"
+        self.file.touch()
+
+    def add(self, *values):
+        """Append a row of plain values."""
+        with self.file.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def read(self):
+        """Give all rows."""
+        return list(map(json.loads, self.file.read_text().splitlines()))
 
 
 class Wrapped:

@@ -30,6 +30,7 @@ PUBLIC = {
     "synchronous",
     "Emulated",
     "Threads",
+    "Ray",
     # batch methods, and the batches they see
     "LBFGS",
     "GradientDescent",

@@ -140,13 +140,13 @@ class Session:
         self._local = settings.address == "local" and self._own
         if self._own:
             _connect(settings)
-        self._idle: dict[Any, list[tuple[_Address, Any]]] = {}
+        self._idle: dict[Any, list[_Address]] = {}
         self._keys: dict[_Address, Any] = {}
 
     def close(self) -> None:
         """End the processes that are left, and what was started for this session."""
         ray = _ray()
-        for address in [*self._keys]:
+        for address in [*self._keys, *sum(self._idle.values(), [])]:
             self.kill(address)
         if self._own:
             ray.shutdown()
@@ -192,11 +192,14 @@ class Session:
     ) -> tuple["_Address", Reply]:
         """See `Transport.host`."""
         key = kind, devices, _config(devices)
-        idle = self._idle.get(key, [])
-        if idle and away_from is None:
-            address, _ = idle.pop()
-            address = address._replace(name=name)
-        else:
+        idle = self._idle.get(key, []) if away_from is None else []
+        address = None
+        while idle and address is None:
+            with contextlib.suppress(Gone, Late):  # it may have died meanwhile
+                kept = idle.pop()._replace(name=name)
+                kept.ask("pid", lane=SIDE).result(self.settings.timeout)
+                address = kept
+        if address is None:
             address = _Address(name, self._start(kind, devices, away_from))
         self._keys[address] = key
         return address, address.ask("", make, _versions())
@@ -210,7 +213,8 @@ class Session:
             self._keys[address] = key
             self.kill(address)
             return
-        self._idle.setdefault(key, []).append((address, None))
+        address.ask("rest", lane=SIDE)
+        self._idle.setdefault(key, []).append(address)
 
     def kill(self, address: "_Address") -> None:
         """See `Transport.kill`."""
@@ -347,6 +351,7 @@ def _host_class() -> Any:
             for name, value in config:
                 jax.config.update(name, value)
             self._object: Any = None
+            self._rest = threading.Event()
 
         @ray.method(concurrency_group=WORK)
         def work(self, method: str, *args: Any) -> Any:
@@ -360,8 +365,13 @@ def _host_class() -> Any:
 
         @ray.method(concurrency_group=SIDE)
         def side(self, method: str, *args: Any) -> Any:
-            if method == "alive":  # for as long as the process is
-                threading.Event().wait()
+            if method == "alive":  # for as long as the process is in use
+                self._rest.wait()
+                return None
+            if method == "rest":  # nobody asks any more whether it is alive
+                before, self._rest = self._rest, threading.Event()
+                before.set()
+                return None
             if method == "node":
                 return ray.get_runtime_context().get_node_id()
             if method == "pid":  # for whoever wants to kill it

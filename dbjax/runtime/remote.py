@@ -359,8 +359,24 @@ class RemoteCrew:
         )
         life = member.life
         self._when(there, lambda reply: self._joined(replica, life, reply))
-        alive = member.address.ask("alive", lane=SIDE)
-        self._when(alive, lambda reply: self._died(replica, life))
+        self._watch(replica, life)
+
+    def _watch(self, replica: int, life: int) -> None:
+        """Be told when a replica's process dies."""
+        member = self._members[replica]
+
+        def told(reply: Reply) -> None:
+            if member.life != life or member.place not in (_HERE, _COMING):
+                return
+            try:
+                reply.result(self.terms.timeout)
+            except Gone:
+                self._died(replica, life)
+            else:  # somebody who had it before has let it go
+                self._watch(replica, life)
+
+        assert member.address is not None
+        self._when(member.address.ask("alive", lane=SIDE), told)
 
     def _joined(self, replica: int, life: int, reply: Reply) -> None:
         member = self._members[replica]

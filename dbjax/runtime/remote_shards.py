@@ -271,8 +271,17 @@ class RemoteShards:
         return self._transport.host(name, make, kind="shard", away_from=home)
 
     def _watch(self, shard: int, address: Address) -> None:
-        alive = address.ask("alive", lane=SIDE)
-        self._when(alive, lambda reply: self._died(shard, address))
+        def told(reply: Reply) -> None:
+            try:
+                reply.result(self._timeout)
+            except Gone:
+                self._died(shard, address)
+            else:  # somebody who had it before has let it go
+                if address in (self._homes[shard], self._standbys[shard]):
+                    self._watch(shard, address)
+
+        if not self._ended:
+            self._when(address.ask("alive", lane=SIDE), told)
 
     def _died(self, shard: int, address: Address) -> None:
         if self._ended:

@@ -88,7 +88,11 @@ class ReplicaHost:
     def _carry_on(self) -> Report:
         words = self._words
         until = (words.ticket, words.stop) + ((words.push,) if self._gated else ())
-        self._life.carry_on(*until)
+        try:
+            self._life.carry_on(*until)
+        except BaseException:
+            self._life.close()
+            raise
         if self._life.state.asked == words.stop:
             self._life.end()
             self._around.wait()

@@ -106,6 +106,8 @@ class Transport(Protocol):
 
         Returns:
           Its address, which may be asked at once, and the reply that says it is there.
+          Asked on `SIDE` whether it is "alive", it answers when it is let go, and is
+          `Gone` if it dies before.
         """
         ...
 

@@ -124,6 +124,7 @@ class Address:
             left, self.open = self.open, set()
         for reply in left:
             reply.fail()
+        self.object = None
         for lane in self.lanes.values():
             lane.shutdown(wait=False, cancel_futures=True)
 
