@@ -43,7 +43,8 @@ VICTIMS = {"replica": 0.35, "shard": 0.2, "standby": 0.15, "node": 0.15, "driver
 _LONGEST = 3.0  # seconds between everybody being there and the next kill
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
-_SETTINGS = {  # a node that is gone is noticed in seconds; a slow one is not taken for it
+# A node that is gone is noticed in seconds, and a slow one is not taken for it.
+_SETTINGS = {
     "health_check_initial_delay_ms": 2_000,
     "health_check_period_ms": 1_000,
     "health_check_timeout_ms": 5_000,

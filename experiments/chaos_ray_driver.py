@@ -11,6 +11,7 @@ import pathlib
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,8 +54,10 @@ class Paced:
 
 
 def record(path: pathlib.Path) -> None:
-    """Write down who lives where: replicas when they start, shards and standbys when
-    they have their place."""
+    """Write down who lives where.
+
+    Replicas when they start, shards and standbys when they have their place.
+    """
     # Unbuffered: a line is the system's, and outlives the process, at once.
     file = path.open("wb", buffering=0)
     writer = concurrent.futures.ThreadPoolExecutor(1, "who lives where")
@@ -111,30 +114,33 @@ def train(folder: pathlib.Path, job: Job) -> dict[str, Any]:
             timeout=job.timeout,
         ),
     )
-    again = dbjax.replay(
-        run.trace, *problem, workload.data, optimizer=optimizer, verify=True
-    )
     run.trace.save(folder / "trace.npz")
     return {
         "accuracy": workload.evaluate(run.params)["test_accuracy"],
         "lost": run.info.lost_updates,
         "promotions": run.trace.header["promotions"],
-        "faults": check(run, again),
+        "faults": check(
+            run,
+            lambda: dbjax.replay(
+                run.trace, *problem, workload.data, optimizer=optimizer, verify=True
+            ),
+        ),
     }
 
 
-def check(run: Run, again: Run) -> list[str]:
+def check(run: Run, replay: Callable[[], Run]) -> list[str]:
     """Say what is wrong with a run, or differs from its replay, a sentence for each."""
     trace, faults = run.trace, []
-    try:
-        trace.validate()
-    except ValueError as error:
-        faults.append(f"its Trace cannot be: {error}")
     computed = np.sort(trace.step[trace.kind == COMPUTE])
     if not np.array_equal(computed, np.arange(trace.header["steps"])):
         faults.append("not every step was computed exactly once")
     if run.info.lost_updates:
         faults.append(f"{run.info.lost_updates} acknowledged updates are lost")
+    try:
+        trace.validate()
+        again = replay()
+    except (ValueError, RuntimeError) as error:
+        return [*faults, f"it cannot be replayed: {error}"]
     one, other = kill_and_resume.arrays(run), kill_and_resume.arrays(again)
     return faults + kill_and_resume.same_bits(one, other)
 

@@ -225,7 +225,7 @@ def _run(
             writer.write(step, seconds, scalars)
             return scalars
 
-        session = Session(evaluate, checkpoints=folder / "checkpoints")
+        session = Session(evaluate, folder / "checkpoints", writer.watch)
         if found := checkpoint.steps(session.checkpoints):
             console.print(f"{name}: goes on from its checkpoint of step {found[-1]:,}")
         with _refusals(name, unless=lambda: writer.rows_written > 0):
@@ -281,7 +281,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _refusals(part: str, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Turn what the library refuses into a `ConfigError` that names the part.
+    """Turn what the library or a cluster refuses into a `ConfigError` naming the part.
 
     Not if `unless()`: then training had begun, and it is not about the config.
     """
@@ -289,7 +289,7 @@ def _refusals(part: str, unless: Callable[[], bool] = lambda: False) -> Iterator
         yield
     except registry.ConfigError:
         raise
-    except ValueError as error:
+    except (ValueError, ConnectionError) as error:
         if unless():
             raise
         raise registry.ConfigError(f"{part}: {error}") from error

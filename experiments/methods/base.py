@@ -8,6 +8,7 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
+from dbjax.runtime.ray import Progress
 from dbjax.typing import EvalFn
 from experiments.workloads import Workload
 
@@ -19,10 +20,12 @@ class Session(NamedTuple):
       evaluate: to be called with the step as the method counts it, now and then, and
         at the end.
       checkpoints: the folder for them.
+      watch: for a runtime that says how the run goes.
     """
 
     evaluate: EvalFn
     checkpoints: pathlib.Path
+    watch: Callable[[Progress], None] | None = None
 
 
 class Plan(NamedTuple):

@@ -44,7 +44,9 @@ def run(config: ml_collections.ConfigDict, workload: Workload, session: Session)
         workload,
         session,
         optimizer=runtimes.make_optimizer("downpour", config.downpour),
-        runtime=runtimes.make_runtime(config, runtimes.make_cluster(config)),
+        runtime=runtimes.make_runtime(
+            config, runtimes.make_cluster(config), session.watch
+        ),
         **_order(config),
         **meshes.arguments(config, workload),
     )

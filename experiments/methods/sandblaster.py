@@ -58,7 +58,7 @@ def _plan(kind: Kind, config: ml_collections.ConfigDict, workload: Workload) -> 
     minibatches.check_shards("sandblaster", options.shards, workload, mesh)
     kind.build(options)
     machines = _cluster(config, options, workload)
-    runtimes.make_runtime(config, machines)
+    runtimes.make_runtime(config, machines, minibatches=False)
     size = minibatches.num_bytes(jax.eval_shape(workload.init, config.seed))
     vectors = kind.vectors(options) + BATCH_VECTORS[options.batches]
     sampled = options.batches == "multi"
@@ -123,7 +123,7 @@ def _run(
         eval_every=options.eval_every,
         checkpoint_dir=session.checkpoints,
         checkpoint_every=options.checkpoint_every,
-        runtime=runtimes.make_runtime(config, machines),
+        runtime=runtimes.make_runtime(config, machines, minibatches=False),
         **meshes.arguments(config, workload),
     )
     # What an iteration takes if nothing has to wait for anything.

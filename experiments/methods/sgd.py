@@ -41,5 +41,7 @@ def run(config: ml_collections.ConfigDict, workload: Workload, session: Session)
         workload,
         session,
         optimizer=runtimes.make_optimizer("sgd", config.sgd),
-        runtime=runtimes.make_runtime(config, runtimes.make_local(config)),
+        runtime=runtimes.make_runtime(
+            config, runtimes.make_local(config), session.watch
+        ),
     )

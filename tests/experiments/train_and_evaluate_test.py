@@ -15,7 +15,8 @@ from tests.experiments import file_sets
 OTHERS = sorted(
     path.stem
     for path in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py")
-    if path.stem not in ("__init__", "digits_downpour")  # `finished` is the latter
+    # `finished` is `digits_downpour`, and `ray_test.py` has `digits_ray`.
+    if path.stem not in ("__init__", "digits_downpour", "digits_ray")
 )
 SIZES = {
     "digits": {"hidden": (8,), "batch_size": 4},
