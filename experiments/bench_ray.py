@@ -14,6 +14,8 @@ finished: starting and stopping count on neither side.
 
 import contextlib
 import dataclasses
+import os
+import pathlib
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -23,6 +25,8 @@ import numpy as np
 import ray
 
 import dbjax
+from dbjax.cluster import Empirical
+from dbjax.runtime.lanes import cores
 from dbjax.runtime.parcels import to_wire
 from dbjax.runtime.ray import Session
 from dbjax.runtime.transport import SIDE, Address
@@ -163,19 +167,19 @@ def where(options: Options) -> list[Row]:
         alone = _alone(session, problem, 5 if options.quick else 200)
         for replicas in (1, 2):
             problem.train(runtime, replicas, 30)
-            cycles, orders, expected = [], [], []
+            cycles, orders, whole = [], [], []
             for _ in range(options.rounds):
                 trace = problem.train(runtime, replicas, steps)
                 for replica in range(replicas):
                     parts, order = _cycles(trace, replica)
                     cycles.append(parts)
                     orders.append(order)
-                expected.append(replicas / _rate(_computed(trace)))
+                    mine = trace.replica == replica
+                    whole += [1e3 / _rate(_computed(trace.take(mine)))] * len(parts)
             # Means, since means of parts add up to the mean of the whole.
             means = 1e3 * np.concatenate(cycles).mean(axis=0)
             order = 1e3 * float(np.concatenate(orders).mean())
-            whole = 1e3 * statistics.mean(expected)
-            rows += _where_rows(replicas, means, order, whole, alone)
+            rows += _where_rows(replicas, means, order, statistics.mean(whole), alone)
     what = {
         "empty": "an empty call and its answer",
         "put": "ray.put of the parameters",
@@ -405,73 +409,82 @@ def _latency(name: str, times: int, options: Options) -> list[Row]:
 def prediction(options: Options) -> list[Row]:
     """What one replica's record says of two, against two."""
     problem, steps = _problem(), _steps(options)
-    times = 5 if options.quick else 100
-    rates: dict[str, list[float]] = {
-        name: [] for name in ("one", "one again", "two", "as fitted", "cores shared")
-    }
-    slower: list[float] = []
-    with dbjax.Ray() as runtime, runtime.session() as session:
+    rates: dict[str, list[float]] = {}
+    work = []
+    with dbjax.Ray() as runtime:
         for replicas in (1, 2):
             problem.train(runtime, replicas, 30)
         for _ in range(options.rounds):
+            # Two lengths: what starting and stopping cost goes out.
+            short, before = steps // 4, _busy()
+            problem.train(runtime, 1, short)
+            between = _busy()
             trace = problem.train(runtime, 1, steps)
-            slower.append(_slowdown(session, problem, times))
+            longer = _busy() - between - (between - before)
+            work.append(max(longer, 1e-9) / (steps - short))
+            two = problem.train(runtime, 2, steps)
+            # A replica has a number there, and another machine's is not known.
             fitted = dataclasses.replace(dbjax.Cluster.fit(trace), speeds=1.0)
-            # A replica computes for so much of its time; so long the other is slowed.
-            share = _share_computing(trace)
-            factor = 1 + share * (slower[-1] - 1)
-            shared = dataclasses.replace(fitted, speeds=1 / factor)
-            rates["one"].append(_rate(_computed(trace)))
-            two = _rate(_computed(problem.train(runtime, 2, steps)))
-            rates["two"].append(two)
-            for name, cluster, replicas in (
-                ("one again", fitted, 1),
-                ("as fitted", fitted, 2),
-                ("cores shared", shared, 2),
-            ):
-                again = dbjax.simulate(cluster, replicas=replicas, steps=steps)
-                rates[name].append(_rate(_computed(again)))
-    slow = statistics.median(slower)
-    cases = (
-        ("1 replica, simulated from its own record", "one again", "one", ""),
-        ("2 replicas, as fitted: each has a machine of its own", "as fitted", "two",
-         "0.9 to 1.1"),
-        (f"2 replicas, both on these cores: gradients {slow:.2f} times as slow when "
-         "two are computed at once", "cores shared", "two", "0.9 to 1.1"),
-    )  # fmt: skip
+            read = _read_off(trace)
+            found = {
+                "one": _rate(_computed(trace)),
+                "one, fitted": _simulated(fitted, 1, steps),
+                "one, read off": _simulated(read, 1, steps),
+                "two": _rate(_computed(two)),
+                "two, fitted": _simulated(fitted, 2, steps),
+                "two, read off": _simulated(read, 2, steps),
+            }
+            most = cores() / work[-1]
+            found["two, on these cores"] = min(found["two, read off"], most)
+            for name, rate in found.items():
+                rates.setdefault(name, []).append(rate)
+    each = 1e3 * statistics.median(work)
+    read = "a fetch counted from its push's arrival"
     rows = []
-    for what, name, base, limit in cases:
+    for name, how in {
+        "one, fitted": "Cluster.fit",
+        "one, read off": read,
+        "two, fitted": "Cluster.fit: to it each replica has a machine of its own",
+        "two, read off": read,
+        "two, on these cores": f"the same, and an update keeps a core busy for "
+        f"{each:.1f} ms: there are {cores()}",
+    }.items():
+        base = name.split(",")[0]
         ratios = [a / b for a, b in zip(rates[name], rates[base], strict=True)]
+        what = _replicas(1 if base == "one" else 2)
         rows.append(
-            Row("prediction", f"{what}; {NETWORK}",
-                f"{statistics.median(rates[name]):,.1f} updates/s predicted",
+            Row("prediction", f"{what}, from one's record, {how}; {NETWORK}",
+                f"{statistics.median(rates[name]):,.1f} updates/s",
                 f"measured, {statistics.median(rates[base]):,.1f}/s",
-                statistics.median(ratios), limit, _spread(ratios))
+                statistics.median(ratios), "0.9 to 1.1" if base == "two" else "",
+                _spread(ratios))
         )  # fmt: skip
     return rows
 
 
-def _share_computing(trace: Trace) -> float:
-    """The share of its time that the only replica computes, in a run's middle."""
+def _simulated(cluster: dbjax.Cluster, replicas: int, steps: int) -> float:
+    return _rate(_computed(dbjax.simulate(cluster, replicas=replicas, steps=steps)))
+
+
+def _read_off(trace: Trace) -> dbjax.Cluster:
+    """A cluster of the only replica's updates, part by part.
+
+    `Cluster.fit` counts an exchange's beginning twice where a push brings the next
+    parameters along: as the shard's work on the push, and as a part of the fetch.
+    """
     parts, _ = _cycles(trace, 0)
-    return float(parts[:, 0].sum() / parts.sum())
+    return dbjax.Cluster(
+        step_time=Empirical(parts[:, [0, 1, 4]].sum(axis=1)),
+        shard_service=Empirical(parts[:, 2]),
+        latency=Empirical(parts[:, 3] / 2),
+    )
 
 
-def _slowdown(session: Session, problem: Problem, times: int) -> float:
-    """A gradient's time while another process computes one, over its time alone."""
-    params, batch = to_wire(problem.params), problem.data.batch(0, 0)
-    make = lambda: Probe(params, batch)  # noqa: E731
-    probes = [host(session, f"probe {i}", make, kind="replica") for i in range(2)]
-
-    def seconds(count: int) -> float:
-        asked = [probe.ask("gradient_seconds", times) for probe in probes[:count]]
-        return statistics.mean(reply.result(_TIMEOUT) for reply in asked)
-
-    seconds(2)  # compiles
-    factor = seconds(2) / seconds(1)
-    for probe in probes:
-        session.kill(probe)
-    return factor
+def _busy() -> float:
+    """Seconds that this machine's cores have worked, all together, for anybody."""
+    line = pathlib.Path("/proc/stat").read_text().splitlines()[0]
+    user, nice, system, _, _, *others = map(int, line.split()[1:])
+    return (user + nice + system + sum(others[:2])) / os.sysconf("SC_CLK_TCK")
 
 
 # The script.
