@@ -176,7 +176,8 @@ class Run:
         if path.exists():
             result = json.loads(path.read_text())
             return Life(killed, seconds, result, faults + result["faults"])
-        said = (self._folder / "said").read_text()[-4_000:]
+        lines = (self._folder / "said").read_text().splitlines(keepends=True)
+        said = "".join(line for line in lines if "(raylet)" not in line)[-4_000:]
         return Life(
             killed, seconds, {}, [*faults, f"it has no result; it said:\n{said}"]
         )
@@ -267,6 +268,7 @@ def prove(options: argparse.Namespace, home: pathlib.Path) -> list[str]:
                 found += check_accuracy(accuracy, quiet)
             elif accuracy is not None:
                 quiet.append(accuracy)
+            life = life._replace(faults=found)
             table.add_row(*describe(name, life))
             faults += [f"run {name}: {fault}" for fault in found]
             if not console.is_terminal:
