@@ -2,7 +2,9 @@
 
   python -m experiments.main --config=configs/digits_ray.py --workdir=runs/digits_ray
 
-Needs the extra `ray`. Expected: TODO
+Needs the extra `ray`. Expected: a test accuracy of 98 to 99 % with both, after one to
+three minutes on two cores, half of which processes take to start. Staleness is 2, as
+three replicas take turns. No two runs are equal; each one's Trace is what it did.
 
 Variations, for other workdirs. A standby for each of Downpour's shards, so that any
 process may die: --config.ray.standby=1. A cluster that runs already, see
