@@ -128,7 +128,7 @@ class Exchanger:
     def fetch(self) -> float:
         """Fetch once, as a replica does; seconds."""
         begin = time.perf_counter()
-        reply = self._shard.ask("fetch", self._replica, lane=SIDE)
+        reply = self._shard.ask("fetch", lane=SIDE)
         params = reply.result(_TIMEOUT).params.get(_TIMEOUT)
         jax.block_until_ready(from_wire(params))
         return time.perf_counter() - begin
