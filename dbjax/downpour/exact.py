@@ -34,6 +34,7 @@ class _Row(NamedTuple):
     replica: int
     batch: int
     step: int
+    life: int
     landed: bool
     into: int
     first: bool
@@ -93,6 +94,7 @@ class Exact:
         self.finite: list[bool] = [True] * plan.gradient_slots
         self.unpushed: list[int] = [0] * plan.gradient_slots
         self.local: dict[int, tuple[Params, Any]] = {}
+        self.lives: dict[int, int] = {}  # of those in `local`
         self.digests: list[tuple[int, int]] = []
         self.not_finite: list[int] = []
         self.in_a_row, self._rejected = 0, -1
@@ -184,6 +186,8 @@ class Exact:
             if error is not None:
                 raise error
         else:
+            if self.lives.get(row.replica) != row.life:
+                self.local.pop(row.replica, None)
             if row.replica in self.local and not row.landed:
                 params, state = self.local[row.replica]
             else:
@@ -199,7 +203,7 @@ class Exact:
             if finite:
                 step = problem.local_step
                 params, state = problem.call(0, step, params, state, gradients)
-            self.local[row.replica] = params, state
+            self.local[row.replica], self.lives[row.replica] = (params, state), row.life
         if row.first:
             self.accrued[into], self.finite[into] = gradients, finite
         else:
@@ -302,6 +306,7 @@ class Exact:
             "versions": [shard.version for shard in self.shards],
             "held": held,
             "local": sorted(self.local),
+            "lives": [self.lives[replica] for replica in sorted(self.local)],
             "accrued": [tree is not None for tree in self.accrued],
             "finite": self.finite,
             "unpushed": self.unpushed,
@@ -341,6 +346,7 @@ class Exact:
         if self.problem.local_init is not None:
             template = (whole, self.problem.call(0, self.problem.local_init, whole))
             self.local = {r: unpack(f"local{r}", template) for r in note["local"]}
+            self.lives = dict(zip(note["local"], note["lives"], strict=True))
         self.row = int(note["row"])
         self.finite = [bool(x) for x in note["finite"]]
         self.digests = [(int(a), int(b)) for a, b in note["digests"]]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dbjax.downpour.restarts import Restart, number_states
-from dbjax.trace import COMPUTE, DROPPED, FETCH, PUSH, Trace, history
+from dbjax.trace import COMPUTE, DROPPED, FETCH, PUSH, RESTART, Trace, history
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Plan:
     Attributes:
       compute: `[N]` whether the row computes a gradient.
       replica, batch, step: `[N]` whose, on which of its minibatches, with which ticket.
+      life: `[N]` how often its replica has begun again before: what it keeps for its
+        local steps is gone then.
       landed: `[N]` whether a fetch landed at the replica since its gradient before.
       into, first: `[N]` the slot the gradient is added to, and whether it is the first.
       read: `[N, S]` the slots of the versions it is computed on.
@@ -51,6 +53,7 @@ class Plan:
     replica: np.ndarray
     batch: np.ndarray
     step: np.ndarray
+    life: np.ndarray
     landed: np.ndarray
     into: np.ndarray
     first: np.ndarray
@@ -119,6 +122,12 @@ class _Gradients:
             )
             fetched |= before
         self.landed = fetched
+        # How many RESTART rows of the replica stand before, by a search among its own.
+        again = np.flatnonzero((kind == RESTART) & (shard < 0))
+        width = len(trace) + 1
+        begun = np.sort(replica[again].astype(np.int64) * width + again)
+        first = self.replica.astype(np.int64) * width
+        self.life = np.searchsorted(begun, first + rows) - np.searchsorted(begun, first)
 
 
 def _in_force(
@@ -351,6 +360,7 @@ def _with_slots(trace: Trace, c: dict[str, Any], shards: int, direct: bool) -> P
         replica=g.replica[chosen] if len(g.rows) else np.zeros(n, np.int32),
         batch=g.batch[chosen] if len(g.rows) else np.zeros(n, np.int64),
         step=g.step[chosen] if len(g.rows) else np.zeros(n, np.int64),
+        life=g.life[chosen] if len(g.rows) else np.zeros(n, np.int64),
         landed=c["landed"],
         into=c["into"],
         first=c["first"],

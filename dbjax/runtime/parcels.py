@@ -92,6 +92,7 @@ class Report(NamedTuple):
       batch: its next minibatch.
       accrued: gradients that it holds.
       next_id: of its pushes.
+      state: what of it belongs into a checkpoint, if it has stopped.
     """
 
     rows: list[Any]
@@ -99,6 +100,7 @@ class Report(NamedTuple):
     batch: int
     accrued: int
     next_id: int
+    state: Any = None
 
 
 def to_wire(tree: Any) -> Any:

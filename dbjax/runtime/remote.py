@@ -19,7 +19,7 @@ from dbjax.runtime.live_shard import Snapshot
 from dbjax.runtime.parcels import Held, Parcel, Report
 from dbjax.runtime.recorder import COLUMNS, Recorder
 from dbjax.runtime.remote_shards import RemoteShards
-from dbjax.runtime.transport import SIDE, Address, Gone, Late, Reply, Transport
+from dbjax.runtime.transport import SIDE, Address, Gone, Reply, Transport
 from dbjax.server.shard import ShardState
 from dbjax.trace import COMPUTE, FAIL, JOIN, LEAVE, NOT_FINITE, PUSH, RESTART
 
@@ -111,6 +111,7 @@ class Member:
       deaths: in a row.
       still: whether nothing of it is under way.
       done: whether there was nothing left for it to do.
+      state: what of it belongs into a checkpoint, where it has left.
     """
 
     def __init__(self, batch: int, next_id: int) -> None:
@@ -124,6 +125,7 @@ class Member:
         self.seen: set[Any] = set()
         self.unpushed = self.deaths = 0
         self.still, self.done = True, False
+        self.state: Any = None
 
 
 class RemoteCrew:
@@ -244,10 +246,14 @@ class RemoteCrew:
 
     def collect(self) -> list[ShardState]:
         """Complete the record, while nothing is under way; give the shards' states."""
-        held, merged = self.shards.collect(), threading.Event()
-        self._inbox.put(lambda: (self._merge(), merged.set()))
-        while not merged.wait(LOOK_UP):
-            pass
+        while True:
+            held, heard, done = self.shards.collect(), threading.Event(), []
+            self._inbox.put(lambda h=held, d=done: d.append(self._merge(h)))
+            self._inbox.put(heard.set)
+            while not heard.wait(LOOK_UP):
+                pass
+            if done == [True]:
+                break
         for one in held:
             self.recorder.digests += one.digests
         return [
@@ -262,16 +268,22 @@ class RemoteCrew:
             for replica, member in enumerate(self._members)
             if member.place == _HERE and member.address is not None
         }
-        return {r: reply.result(self.terms.timeout) for r, reply in asked.items()}
+        there = {r: reply.result(self.terms.timeout) for r, reply in asked.items()}
+        left = {r: m.state for r, m in enumerate(self._members) if m.state is not None}
+        return left | there
 
     # The thread that hears of everything.
 
-    def _merge(self) -> None:
+    def _merge(self, held: list[Held]) -> bool:
+        """Put the record in order, unless a shard has died since it was collected."""
+        if not self.shards.are_still(held):
+            return False
         lines = [member.rows for member in self._members]
         self.recorder.rows += self._order.merge([*lines, *self.shards.lines()])
         for replica, member in enumerate(self._members):
             member.rows = []
             self.batches[replica], self.ids[replica] = member.batch, member.next_id
+        return True
 
     def _hear(self) -> None:
         while not self._over:
@@ -384,13 +396,14 @@ class RemoteCrew:
             return
         try:
             reply.result(self.terms.timeout)
-        except (Gone, Late):
+        except Gone:
             return  # it is heard of elsewhere
         except Exception as error:
             self._fail(replica, -1, error)
             self._let_go(replica)
             return
         member.place, member.asked = _HERE, self.program.requests.ticket
+        member.state = None
         self._record(RESTART if life else JOIN, replica)
         for shard, address in enumerate(self.shards.addresses()):
             member.address.ask("moved", shard, address, lane=SIDE)  # if it has
@@ -463,7 +476,7 @@ class RemoteCrew:
             return
         try:
             report: Report = reply.result(self.terms.timeout)
-        except (Gone, Late):
+        except Gone:
             return  # its death is heard of elsewhere
         except Exception as error:
             steps = [order.step for order in member.orders if order.step >= 0]
@@ -483,6 +496,7 @@ class RemoteCrew:
             member.still = True
         elif report.asked == words.stop:
             self._record(LEAVE, replica)
+            member.state = report.state
             tickets.leave(replica)
             self._let_go(replica)
             member.done = replica < self._wanted()

@@ -31,14 +31,12 @@ class Loss(NamedTuple):
     Attributes:
       shard: which.
       version: that of the copy.
-      updates: how many pushes it had handled after that.
       rows: FAIL and RESTART, of the Trace.
     """
 
     shard: int
     version: int
-    updates: int
-    rows: tuple[Any, Any]
+    rows: tuple[Any, ...]
 
 
 class RemoteShards:
@@ -142,11 +140,20 @@ class RemoteShards:
         """Give all they hold, while no push is under way; their logs begin anew."""
         asked = [Asked(a, a.ask("collect")) for a in self.addresses()]
         held = [self._patiently(s, one, "collect") for s, one in enumerate(asked)]
-        for shard, one in enumerate(held):
-            self._copies[shard] = one._replace(log=(), digests=())
+        return held
+
+    def are_still(self, held: list[Held]) -> bool:
+        """Whether none has lost anything since it gave what it holds; then keep that.
+
+        In the driver's thread.
+        """
+        for one in held:
             for row in one.log:
                 self._know(row)
-        return held
+        if self.moving or [one.incarnation for one in held] != self._incarnations:
+            return False
+        self._copies = [one._replace(log=(), digests=()) for one in held]
+        return True
 
     def lines(self) -> list[list[Any]]:
         """Give each shard's rows in its order, and forget them."""
@@ -156,6 +163,12 @@ class RemoteShards:
             for loss in self.losses:
                 if loss.shard == shard and loss.rows:
                     incarnation = loss.rows[1][_AT["incarnation"]]
+                    # Some of what was lost may have been heard of later.
+                    newest = max(
+                        (v for i, v in known if i == incarnation - 1), default=0
+                    )
+                    lost = max(loss.rows[0][_AT["count"]], newest - loss.version)
+                    loss.rows[0][_AT["count"]] = lost
                     at = sum(row[_AT["incarnation"]] < incarnation for row in line)
                     line[at:at] = loss.rows
             lines.append(line)
@@ -344,7 +357,7 @@ class RemoteShards:
             )
             for kind, count in ((FAIL, lost), (RESTART, 0))
         )  # fmt: skip
-        self.losses.append(Loss(shard, copy.version, lost, (rows[0], rows[1])))
+        self.losses.append(Loss(shard, copy.version, rows))
         held = copy._replace(
             incarnation=incarnation, origins=(*copy.origins, copy.version)
         )

@@ -100,10 +100,10 @@ class ReplicaHost:
         return self._report()
 
     def _report(self) -> Report:
-        rows, state = self._around.take_rows(), self._life.state
-        return Report(
-            rows, state.asked, state.batch, self._hands.count(), self._around.next
-        )
+        rows, at = self._around.take_rows(), self._life.state
+        accrued, next_id = self._hands.count(), self._around.next
+        state = self.state() if at.asked == self._words.stop else None
+        return Report(rows, at.asked, at.batch, accrued, next_id, state)
 
 
 class _Asked(NamedTuple):
@@ -259,7 +259,7 @@ class _Away:
 
     def _fetch(self) -> list[Answer]:
         def ask(shard: int) -> _Asked:
-            return self._ask(shard, "fetch", self.replica, lane=SIDE)
+            return self._ask(shard, "fetch", (self.replica, self.life), lane=SIDE)
 
         asked = list(map(ask, range(len(self._shards))))
         return [self._fetched(shard, ask, first) for shard, first in enumerate(asked)]

@@ -63,7 +63,7 @@ class ShardHost:
         self._spare: Params = None
         self._published: Answer | None = None
         self._lives: dict[int, int] = {}
-        self._heard: dict[int, int] = {}  # by replica: how many rows it knows of
+        self._heard: dict[tuple[int, int], int] = {}  # rows that a life knows of
         self._logged = 0
         self._follows = False
         self._load(held)
@@ -85,7 +85,7 @@ class ShardHost:
             parcel, status = self._judge(parcel)
             self._handle(parcel, status)
             version = self._state.version
-        rows = self._news(message.replica)
+        rows = self._news((message.replica, parcel.life))
         answer = Answer(version, self._state.incarnation, status, rows=rows)
         if not parcel.fetches:
             return answer
@@ -171,24 +171,27 @@ class ShardHost:
             self._forsaken.append(standby)
             self._news_of_standby.notify_all()
 
-    def fetch(self, replica: int = -1) -> Answer:
-        """Give the newest version that shows, by a reference that many may use."""
+    def fetch(self, who: tuple[int, int] | None = None) -> Answer:
+        """Give the newest version that shows, by a reference that many may use.
+
+        `who`: the replica and its life that ask, if they are to hear of pushes, too.
+        """
         answer, seen = self._published, self._seen
         if answer is None or answer.version != seen.version:
             seen, params = self._look()
             shared = self._share(f"shard {self._index}", params)
             answer = Answer(seen.version, seen.incarnation, params=shared)
             self._published = answer
-        return answer._replace(rows=self._news(replica)) if replica >= 0 else answer
+        return answer if who is None else answer._replace(rows=self._news(who))
 
-    def _news(self, replica: int) -> tuple[Any, ...]:
+    def _news(self, who: tuple[int, int]) -> tuple[Any, ...]:
         """Give the rows that a replica has not heard of, the newest if there are many.
 
         Not all may be needed: those that others have acknowledged are known.
         """
         with self._looking:
             end = self._logged
-            since, self._heard[replica] = self._heard.get(replica, 0), end
+            since, self._heard[who] = self._heard.get(who, 0), end
             new = min(end - since, len(self._log), MOST_NEWS)
             return tuple(self._log[len(self._log) - new :])
 
