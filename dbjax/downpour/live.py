@@ -23,6 +23,7 @@ from dbjax.runtime.live_shard import Snapshot
 from dbjax.runtime.ray import Ray
 from dbjax.runtime.recorder import COLUMNS, Recorder
 from dbjax.runtime.threads import ReplicaError, Threads
+from dbjax.runtime.transport import Gone
 from dbjax.server.shard import ShardState
 from dbjax.trace import COMPUTE, PUSH, Trace
 
@@ -189,7 +190,10 @@ class Live:
             whole = (state.params, state.optimizer_state)
             for i, leaf in enumerate(jax.tree.leaves(whole)):
                 leaves[f"shard{s}/{i}"] = np.asarray(leaf)
-        local, streams = self.crew.replica_states()
+        try:
+            local, streams = self.crew.replica_states()
+        except Gone:  # a replica died just now: the next checkpoint will do
+            return states
         for replica, arrays in local.items():
             for i, leaf in enumerate(arrays):
                 leaves[f"local{replica}/{i}"] = np.asarray(leaf)

@@ -10,10 +10,10 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from dbjax.runtime.lanes import cores
 from dbjax.runtime.remote import Progress
@@ -98,7 +98,9 @@ class Ray:
                 raise ValueError(f"{name} must be at least 0, got {value!r}")
         for name in ("timeout", "watch_every"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0 seconds, got {self.timeout}")
+                raise ValueError(
+                    f"{name} must be above 0 seconds, got {getattr(self, name)}"
+                )
 
     def __enter__(self) -> "Ray":
         """Connect, or start a cluster, and keep it for several runs."""
@@ -140,6 +142,11 @@ class Session:
         self._local = settings.address == "local" and self._own
         if self._own:
             _connect(settings)
+        elif settings.runtime_env is not None:
+            raise ValueError(
+                "runtime_env belongs to the connection, and this process is connected "
+                "to Ray already: give it to ray.init"
+            )
         self._idle: dict[Any, list[_Address]] = {}
         self._keys: dict[_Address, Any] = {}
 
@@ -230,16 +237,15 @@ class Session:
 
     def _start(self, kind: str, devices: int, away_from: Any) -> Any:
         cpus, gpus = self._needs(kind)
-        env = dict(self.settings.runtime_env or {})
+        env = {}
         if devices > 1:
             # XLA's pool must have a thread a device, or collectives can hang.
-            pool = {"NPROC": str(max(64, 8 * devices))}
-            env["env_vars"] = pool | env.get("env_vars", {})
+            env["env_vars"] = {"NPROC": str(max(64, 8 * devices))}
         options = {
             "num_cpus": cpus,
             "num_gpus": gpus,
             "max_restarts": 0,
-            "scheduling_strategy": _where(kind, away_from),
+            "scheduling_strategy": _where(kind, away_from, cpus),
             **({"runtime_env": env} if env else {}),
         }
         return _host_class().options(**options).remote(_config(devices))
@@ -396,6 +402,8 @@ def _connect(settings: Ray) -> None:
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if settings.address == "local":
         options |= {"num_cpus": cores(), "include_dashboard": False}
+    if settings.runtime_env is not None:
+        options["runtime_env"] = settings.runtime_env
     try:
         with warnings.catch_warnings():
             # Python warns of forks in a process with threads; Ray executes at once.
@@ -419,36 +427,32 @@ def _config(devices: int) -> tuple[tuple[str, Any], ...]:
     return tuple((n, v) for n, v in config.items() if v is not None)
 
 
-def _where(kind: str, away_from: Any) -> Any:
-    ray = _ray()
+def _where(kind: str, away_from: _Address | None, cpus: float) -> Any:
+    """Spread shards and pack replicas; a standby goes to another machine than this."""
     if away_from is not None:
-        here = _node_of(away_from)
-        others = [
-            n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeID"] != here
-        ]
-        if others:
-            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-            return NodeAffinitySchedulingStrategy(others[0], soft=True)
+        with contextlib.suppress(Gone, Late):  # then anywhere
+            here = away_from.ask("node", lane=SIDE).result(5.0)
+            for node in _ray().nodes():
+                there = node["Alive"] and node["NodeID"] != here
+                if there and node["Resources"].get("CPU", 0.0) >= max(cpus, 1.0):
+                    return NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
     return "SPREAD" if kind == "shard" else "DEFAULT"
 
 
-def _node_of(address: _Address) -> str:
-    return _ray().get(address.handle.side.remote("node"), timeout=60)
-
-
 def _versions() -> dict[str, str]:
-    return {
-        "Python": ".".join(map(str, sys.version_info[:2])),
-        "jax": jax.__version__,
-        "numpy": np.__version__,
-    }
+    versions = {"Python": ".".join(map(str, sys.version_info[:2]))}
+    for name in ("dbjax", "jax", "jaxlib", "numpy", "optax"):
+        with contextlib.suppress(metadata.PackageNotFoundError):  # not installed: found
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def _check_versions(driver: dict[str, str]) -> None:
     """Raise where this process has other versions than the one that started it."""
     for name, here in _versions().items():
-        if here != driver[name]:
+        if here != driver.get(name, here):
             raise RuntimeError(
                 f"this node has {name} {here}, the driver has {driver[name]}: all "
                 "machines of a run need the same"
@@ -472,4 +476,6 @@ def _store_error(what: str, error: Exception) -> Exception:
             f"{what}: Ray's object store is full; give it more "
             "(ray start --object-store-memory) or use more shards on more machines"
         )
-    return error
+    if isinstance(error, errors.RayActorError):
+        return Gone(f"{what}: {error}")
+    return RuntimeError(f"{what} could not be sent: {error!r}")

@@ -590,8 +590,10 @@ class RemoteCrew:
     # Deaths.
 
     def _look_for_the_silent(self) -> None:
-        """Kill replicas that have not reported for too long: they are replaced."""
+        """Kill those that have not answered for too long: they are replaced."""
         now = time.monotonic()
+        if not self._empty.is_set():
+            self.shards.look_for_the_silent(now)
         for member in self._members:
             waits = member.orders or member.place == _COMING
             if waits and now - member.since > self.terms.timeout:

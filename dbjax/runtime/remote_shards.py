@@ -82,6 +82,8 @@ class RemoteShards:
         self._incarnations = [held.incarnation for held in begin]
         self._acknowledged: dict[tuple[int, int], int] = {}
         self._known: list[dict[tuple[int, int], Any]] = [{} for _ in begin]
+        self._merged = [(-1, -1)] * len(begin)  # the last of those that were given
+        self._pinged: list[float | None] = [None] * len(begin)
         self._ended = False
 
     def __len__(self) -> int:
@@ -160,6 +162,7 @@ class RemoteShards:
         lines = []
         for shard, known in enumerate(self._known):
             line = [known[key] for key in sorted(known)]
+            self._merged[shard] = max(known, default=self._merged[shard])
             for loss in self.losses:
                 if loss.shard == shard and loss.rows:
                     incarnation = loss.rows[1][_AT["incarnation"]]
@@ -239,6 +242,24 @@ class RemoteShards:
         for shard in calls:
             send(shard)
 
+    def look_for_the_silent(self, now: float) -> None:
+        """Replace shards that have not answered for half of the time others wait."""
+        for shard, home in enumerate(self._homes):
+            pinged = self._pinged[shard]
+            if pinged is None:
+                self._pinged[shard] = now
+                self._when(home.ask("alive_and_well", lane=SIDE), self._well(shard))
+            elif now - pinged > self._timeout / 2 and shard not in self.moving:
+                self._pinged[shard] = None
+                self._transport.kill(home)
+                self._died(shard, home)
+
+    def _well(self, shard: int) -> Callable[[Reply], None]:
+        def well(reply: Reply) -> None:
+            self._pinged[shard] = None
+
+        return well
+
     def copy(self) -> None:
         """Have each shard copied, to be restored from if it dies."""
 
@@ -267,8 +288,9 @@ class RemoteShards:
     def _know(self, row: Any) -> bool:
         key = row[_AT["incarnation"]], row[_AT["version"]]
         known = self._known[row[_AT["shard"]]]
-        new = key not in known
-        known.setdefault(key, row)
+        new = key not in known and key > self._merged[row[_AT["shard"]]]
+        if new:
+            known[key] = row
         return new
 
     def acknowledged(self, replica: int) -> list[int]:

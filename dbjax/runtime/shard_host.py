@@ -165,6 +165,9 @@ class ShardHost:
 
     # Beside these.
 
+    def alive_and_well(self) -> None:
+        """Answer."""
+
     def forsake(self, standby: Address) -> None:
         """A standby is gone: go on alone. Only the driver knows which of two is."""
         with self._news_of_standby:

@@ -218,6 +218,36 @@ def test_checkpoints_resume(tmp_path, kind):
     assert_whole(run, 60, **KINDS[kind])
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_deaths_between_checkpoints(tmp_path, seed):
+    """What was recorded before a checkpoint is not recorded again after it."""
+    before = killer(seed, 0.02, names=("replica",), most=8)
+    run = train(
+        Pretend(before, digest_every=1, standby=1), steps=120, shards=2,
+        checkpoint_dir=tmp_path, checkpoint_every=8,
+    )  # fmt: skip
+    assert_whole(run, 120)
+
+
+def test_a_shard_that_is_silent_is_replaced(monkeypatch):
+    """Its standby takes its place, though it may only have been asleep."""
+    monkeypatch.setattr(remote, "LOOK_UP", 0.05)
+    asleep, pushes = threading.Event(), []
+
+    def before(session, address, method):
+        if address.name == "shard 0" and method != "alive":
+            pushes.append(method)
+            if len(pushes) > 30:
+                asleep.wait(30)
+
+    runtime = Pretend(before, digest_every=1, standby=1, timeout=6)
+    run = train(runtime, steps=100, shards=2)
+    asleep.set()
+    assert run.trace.header["promotions"] == 1
+    assert run.info.lost_updates == 0
+    assert_whole(run, 100)
+
+
 @pytest.mark.parametrize("keywords", [{}, {"n_push": 2, "shards": 2}])
 def test_local_optimizers_and_streams_resume(tmp_path, keywords):
     """Iterators with a state of their own, local momentum."""
