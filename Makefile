@@ -1,13 +1,13 @@
 # Every target works alone on a machine that has only make and Python 3.11 or newer.
 #   make train   the first experiment, into runs/digits
 #   make test    all tests, the docstrings' examples and the README's
-# PYTHON=python3.12 chooses the interpreter, EXTRAS=experiments,ray,test the extras.
+# PYTHON=python3.12 chooses the interpreter, EXTRAS=experiments,test the extras.
 
 # The first one on the path that is new enough and can make virtual environments.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' \
 	  2>/dev/null && echo $$python && break; done)
-EXTRAS ?= experiments,test
+EXTRAS ?= experiments,ray,test
 
 BIN := .venv/bin
 comma := ,

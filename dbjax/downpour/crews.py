@@ -119,7 +119,7 @@ class RayCrew(RemoteCrew):
 
     def replica_states(self) -> tuple[dict[int, list[Any]], Any]:
         """Give leaves of local optimizers' states, and where iterators stand."""
-        there: dict[int, Start] = super().replica_states()
+        there: dict[int, Start] = self.states_of_replicas()
         local = {r: one.local for r, one in there.items() if one.local is not None}
         streams: dict[str, Any] = {}
         for replica, count in enumerate(self.batches):

@@ -144,7 +144,7 @@ def _problem(kit: Shared) -> Problem:
     if packed.mesh is None:
         layout = Layout.of(params, shards, split)
     else:
-        mesh, rules = mesh_lib.make_mesh(**packed.mesh), packed.recipe["rules"]
+        mesh, rules = mesh_lib.make_mesh(None, **packed.mesh), packed.recipe["rules"]
         placement = Placement.of(params, shards, mesh, rules, split)
         layout = placement.layout
     spec = (jax.tree.structure(packed.batch), *packed.leaves)

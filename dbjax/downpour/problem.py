@@ -211,7 +211,7 @@ def make_problem(
 
 def assemble(
     params: Params,
-    data: Data,
+    data: Any,
     layout: Layout,
     placement: Placement | None,
     batch_spec: tuple[Any, ...],
@@ -221,7 +221,7 @@ def assemble(
 
     Args:
       params: the first parameters, the problem's own; None where others hold them.
-      data: gives minibatches.
+      data: gives minibatches; None where each process has its own.
       layout: how parameters lie on shards.
       placement: how they lie on replicas' partitions, if they do.
       batch_spec: shapes of a minibatch.

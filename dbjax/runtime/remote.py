@@ -261,7 +261,7 @@ class RemoteCrew:
             for one in held
         ]
 
-    def replica_states(self) -> dict[int, Any]:
+    def states_of_replicas(self) -> dict[int, Any]:
         """Give what of each replica belongs into a checkpoint; all must be still."""
         asked = {
             replica: member.address.ask("state")
@@ -405,6 +405,7 @@ class RemoteCrew:
         member.place, member.asked = _HERE, self.program.requests.ticket
         member.state = None
         self._record(RESTART if life else JOIN, replica)
+        assert member.address is not None
         for shard, address in enumerate(self.shards.addresses()):
             member.address.ask("moved", shard, address, lane=SIDE)  # if it has
         self.program.tickets.enter(replica)
