@@ -6,15 +6,14 @@ from jax.sharding import PartitionSpec
 import dbjax
 from tests import problems
 
-SHARDING = {
-    "mesh": dbjax.make_mesh(model=2),
-    "rules": [("w", PartitionSpec(None, "model"))],
-}
-
 
 def main() -> None:
     """Train, replay, and say so."""
-    keywords = {"optimizer": problems.ADAGRAD, **SHARDING}
+    keywords = {
+        "optimizer": problems.ADAGRAD,
+        "mesh": dbjax.make_mesh(model=2),
+        "rules": [("w", PartitionSpec(None, "model"))],
+    }
     problem = problems.loss_fn, problems.PARAMS, problems.DATA
     run = dbjax.downpour.train(
         *problem, replicas=2, shards=2, steps=16, runtime=dbjax.Ray(digest_every=1),
@@ -28,4 +27,5 @@ def main() -> None:
     print("replays")
 
 
-main()
+if __name__ == "__main__":
+    main()

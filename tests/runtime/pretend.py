@@ -8,6 +8,7 @@ import threading
 import cloudpickle
 
 from dbjax.runtime.ray import Ray
+from dbjax.runtime.replica_host import ReplicaHost
 from dbjax.runtime.transport import SIDE, WORK, Gone, Late
 
 
@@ -83,7 +84,7 @@ class Address:
             lane: concurrent.futures.ThreadPoolExecutor(threads, "pretended")
             for lane, threads in ((WORK, 1), (SIDE, 8))
         }
-        self.object, self.open, self.lock = None, set(), threading.Lock()
+        self.object, self.open, self.lock = None, set(), threading.RLock()
 
     def __bool__(self):
         return True
@@ -124,7 +125,12 @@ class Address:
             left, self.open = self.open, set()
         for reply in left:
             reply.fail()
-        self.object = None
+        gone, self.object = self.object, None
+        if isinstance(gone, ReplicaHost):  # it waits no more for anybody
+            gone._around._timeout = 0.0
+            for shard in range(len(gone._around._shards)):
+                gone.moved(shard, self)
+            gone._life.close()
         for lane in self.lanes.values():
             lane.shutdown(wait=False, cancel_futures=True)
 

@@ -25,8 +25,7 @@ from tests.problems import alarm
 from tests.sandblaster import problems
 from tests.sandblaster.problems import CONSTRAINED, SQUARES, Wrapped, assert_close
 
-pytest.importorskip("ray")
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 
 within_time = pytest.fixture(autouse=True)(alarm)
 
@@ -36,10 +35,9 @@ def compile_once(monkeypatch):
     problems.compile_once(monkeypatch)
 
 
-@pytest.fixture(scope="module")
-def ray():
-    with Ray(timeout=60) as ray:
-        yield ray
+@pytest.fixture
+def ray(ray_cluster):
+    return ray_cluster
 
 
 @pytest.fixture
