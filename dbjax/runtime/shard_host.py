@@ -280,11 +280,11 @@ class ShardHost:
     def _note(self, parcel: Parcel, status: int, row: list[Any]) -> None:
         """Let the version show, and remember whose it was."""
         state, message = self._state, parcel.push
-        self._seen = state
         self._handled[message.replica] = parcel.life, message.id, state.version, status
-        with self._looking:
+        with self._looking:  # nobody sees a version without its row
             self._log.append(row)
             self._logged += 1
+            self._seen = state
         light = message._replace(gradients=None, stale_params=None)
         self._parcels.append(parcel._replace(push=light, clocks=None))
         if self._every and state.version % self._every == 0:

@@ -130,7 +130,6 @@ class Address:
             gone._around._timeout = 0.0
             for shard in range(len(gone._around._shards)):
                 gone.moved(shard, self)
-            gone._life.close()
         for lane in self.lanes.values():
             lane.shutdown(wait=False, cancel_futures=True)
 
