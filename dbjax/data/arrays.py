@@ -34,23 +34,9 @@ class ArrayData:
         """See `from_arrays`."""
         self._arrays = jax.tree.map(np.asarray, arrays)
         self.num_examples = _shared_length(self._arrays)
-        self.batch_size = checks.positive("batch_size", batch_size)
-        self.subsets = 1 if subsets is None else checks.positive("subsets", subsets)
-        self.portion_size = (
-            self.batch_size
-            if portion_size is None
-            else checks.positive("portion_size", portion_size)
+        self.batch_size, self.seed, self.subsets, self.portion_size = checks.sizes(
+            self.num_examples, batch_size, seed, subsets, portion_size
         )
-        self.seed = operator.index(seed)
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed={seed}: allowed are integers from 0 to 2**64 - 1")
-        smallest = self.num_examples // self.subsets
-        if self.batch_size > smallest:
-            raise ValueError(
-                f"batch_size={batch_size}: a batch must fit in the examples it is "
-                f"drawn from; {self.num_examples} examples in {self.subsets} "
-                f"subset(s) leave {smallest}"
-            )
         # Small indices halve the memory of the cached permutations.
         self._index = np.int32 if self.num_examples < 2**31 else np.int64
         self._members = self._split()

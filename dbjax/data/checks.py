@@ -39,6 +39,37 @@ def natural(name: str, value: int) -> int:
     return int(value)
 
 
+def sizes(
+    num_examples: int,
+    batch_size: int,
+    seed: int,
+    subsets: int | None,
+    portion_size: int | None,
+) -> tuple[int, int, int, int]:
+    """Check how examples are to be drawn, see `from_arrays`.
+
+    Returns:
+        `batch_size`, `seed`, `subsets` and `portion_size`, defaults filled in.
+
+    >>> sizes(10, 2, 0, None, None)
+    (2, 0, 1, 2)
+    """
+    batch_size = positive("batch_size", batch_size)
+    subsets = 1 if subsets is None else positive("subsets", subsets)
+    if portion_size is None:
+        portion_size = batch_size
+    portion_size, seed = positive("portion_size", portion_size), operator.index(seed)
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed={seed}: allowed are integers from 0 to 2**64 - 1")
+    smallest = num_examples // subsets
+    if batch_size > smallest:
+        raise ValueError(
+            f"batch_size={batch_size}: a batch must fit in the examples it is drawn "
+            f"from; {num_examples} examples in {subsets} subset(s) leave {smallest}"
+        )
+    return batch_size, seed, subsets, portion_size
+
+
 def _integer(name: str, value: int) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}={value!r}: allowed are integers")

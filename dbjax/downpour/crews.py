@@ -99,9 +99,9 @@ class LocalCrew(Crew):
 class RayCrew(RemoteCrew):
     """Processes on Ray; see `RemoteCrew`."""
 
-    def __init__(self, problem: Problem, steps: int, *args: Any) -> None:
+    def __init__(self, problem: Problem, *args: Any) -> None:
         super().__init__(*args)
-        self._problem, self._steps = problem, steps
+        self._problem = problem
 
     def collect(self) -> list[ShardState]:
         """Complete the record, while nothing is under way; give the shards' states."""
@@ -208,7 +208,7 @@ def ray_crew(
             for shard, state in enumerate(begin.states)
         ]  # fmt: skip
         crew = RayCrew(
-            *(problem, a.steps, program, session, terms, held),
+            *(problem, program, session, terms, held),
             *(begin.recorder, begin.batches, begin.ids),
         )
         with crew.open():

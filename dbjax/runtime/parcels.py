@@ -6,13 +6,11 @@ import jax
 import numpy as np
 
 from dbjax.server.messages import Push
-from dbjax.trace import DROPPED, NOT_FINITE, TAKEN
+from dbjax.trace import TAKEN
 from dbjax.typing import Params
 
 FENCED = -1
 """Status of a push from a replica's former life: nothing has been done."""
-
-STATUSES = TAKEN, NOT_FINITE, DROPPED, FENCED
 
 
 class Parcel(NamedTuple):
