@@ -130,6 +130,8 @@ class Address:
             gone._around._timeout = 0.0
             for shard in range(len(gone._around._shards)):
                 gone.moved(shard, self)
+            if gone._life._courier is not None:
+                gone._life._courier.shutdown(wait=False)
         for lane in self.lanes.values():
             lane.shutdown(wait=False, cancel_futures=True)
 
