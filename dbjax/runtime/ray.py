@@ -17,6 +17,7 @@ import jax
 
 from dbjax.runtime.lanes import cores
 from dbjax.runtime.remote import Progress
+from dbjax.runtime.shared_memory import Memory, Packed, Place, Shown
 from dbjax.runtime.transport import SIDE, WORK, Gone, Late, Reply
 
 _SIDE_THREADS = 8
@@ -155,6 +156,7 @@ class Session:
         ray = _ray()
         for address in [*self._keys, *sum(self._idle.values(), [])]:
             self.kill(address)
+        _neighbours().forget()
         if self._own:
             ray.shutdown()
 
@@ -184,9 +186,9 @@ class Session:
         return share(what, value, keyed)
 
     @property
-    def share_there(self) -> Callable[[str, Any], "_Shared"]:
+    def share_there(self) -> Callable[[str, Any], "_Published"]:
         """See `Transport.share_there`."""
-        return share
+        return _Published
 
     def host(
         self,
@@ -261,8 +263,11 @@ class _Address(NamedTuple):
         """See `Address.ask`."""
         call = self.handle.work if lane == WORK else self.handle.side
         what = f"{self.name} ({method or 'start'})"
+        neighbours, other = _neighbours(), self.handle._actor_id
+        packed = neighbours.pack(args, neighbours.reader(other)) if method else args
         try:
-            return _Reply(what, call.remote(method, *args))
+            ref = call.remote(method, neighbours.greet(other), packed)
+            return _Reply(what, ref, other)
         except (TypeError, AttributeError, RecursionError) as error:
             raise _cannot_be_sent(what, error) from error
         except Exception as error:
@@ -270,13 +275,25 @@ class _Address(NamedTuple):
 
 
 class _Reply:
-    """See `Reply`."""
+    """See `Reply`; `other`: whom was asked, None if it is Ray's store."""
 
-    def __init__(self, what: str, ref: Any) -> None:
-        self._what, self._ref = what, ref
+    def __init__(self, what: str, ref: Any, other: Any = None) -> None:
+        self._what, self._ref, self._other = what, ref, other
+        self._lock = threading.Lock()
 
     def result(self, timeout: float | None = None) -> Any:
         """See `Reply.result`."""
+        answer = self._get(timeout)
+        if self._other is None:
+            return answer
+        with self._lock:  # what was lent is opened once
+            if not hasattr(self, "_value"):
+                neighbours = _neighbours()
+                neighbours.hear(self._other, answer.greeting)
+                self._value = neighbours.unpack(answer.value)
+        return self._value
+
+    def _get(self, timeout: float | None) -> Any:
         ray = _ray()
         errors = ray.exceptions
         try:
@@ -298,6 +315,136 @@ class _Reply:
     def then(self, call: Callable[["_Reply"], None]) -> None:
         """See `Reply.then`."""
         self._ref.future().add_done_callback(lambda _: call(self))
+
+
+class _Greeting(NamedTuple):
+    """What processes tell each other in each message.
+
+    Attributes:
+      place: where the sender's memory is found.
+      reads: whether the sender can read the other's.
+    """
+
+    place: Place | None
+    reads: bool
+
+
+class _Answered(NamedTuple):
+    """What comes back from a call."""
+
+    value: Any
+    greeting: _Greeting
+
+
+class _Neighbours:
+    """What this process has in common with others: memory, where that is possible.
+
+    Messages to and from a process on another machine carry their arrays themselves,
+    and so do the first ones to a neighbour: who can read a secret of ours in our
+    memory is one.
+    """
+
+    def __init__(self) -> None:
+        self.memory = Memory()
+        self._read: dict[Place, bool] = {}
+        self._heard: dict[Any, _Greeting] = {}
+
+    def greet(self, other: Any) -> _Greeting:
+        """What to tell an actor."""
+        heard = self._heard.get(other)
+        return self.reply_to(heard) if heard else _Greeting(self.memory.place, False)
+
+    def reply_to(self, greeting: _Greeting) -> _Greeting:
+        """What to tell whoever has sent this."""
+        place = greeting.place
+        if place is not None and place not in self._read:
+            self._read[place] = self.memory.reads(place)
+        reads = place is not None and self._read[place]
+        return _Greeting(self.memory.place, reads)
+
+    def hear(self, other: Any, greeting: _Greeting) -> None:
+        """Take note of what an actor has told."""
+        self._heard[other] = greeting
+
+    def reader(self, other: Any) -> Place | None:
+        """An actor that can read what this process lends."""
+        heard = self._heard.get(other)
+        return heard.place if heard is not None and heard.reads else None
+
+    def pack(self, message: Any, reader: Place | None) -> Any:
+        """Lend a message's arrays to a reader; None: it is on another machine."""
+        message = jax.tree.map(
+            lambda x: x.to(reader) if isinstance(x, _Published) else x, message
+        )
+        return message if reader is None else self.memory.lend(message, reader)
+
+    def unpack(self, message: Any) -> Any:
+        """Give a message its arrays."""
+        if isinstance(message, Packed):
+            message = self.memory.open(message)
+        return jax.tree.map(
+            lambda x: _Here(self.unpack(x.value)) if isinstance(x, _Here) else x,
+            message,
+        )
+
+    def forget(self) -> None:
+        """Give up what was lent to processes that are no more."""
+        self._heard, self._read = {}, {}
+        self.memory.close()
+
+
+@functools.cache
+def _neighbours() -> _Neighbours:
+    return _Neighbours()
+
+
+class _Here:
+    """A value that is shared in memory; see `Shared`."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def get(self, timeout: float | None = None) -> Any:
+        """See `Shared.get`."""
+        return self.value
+
+
+class _Published:
+    """A value that this process shares with its neighbours, and by Ray with others."""
+
+    def __init__(self, what: str, value: Any) -> None:
+        self._what, self._value = what, value
+        self._shown: Shown | None = None
+        self._shared: _Shared | None = None
+        self._lock = threading.Lock()
+
+    def to(self, reader: Place | None) -> "_Here | _Shared":
+        """What to send to somebody; the first one decides where the value lies."""
+        with self._lock:
+            value, self._value = self._value, None  # others may want its memory
+            if value is not None and reader is not None:
+                self._shown = _neighbours().memory.show(value)
+            packed = None
+            if self._shown is not None and reader is not None:
+                packed = self._shown.to(reader)
+            if packed is not None:
+                return _Here(packed)
+            if self._shared is None:
+                if self._shown is not None:
+                    value = self._shown.here()
+                self._shared = share(self._what, value)
+            return self._shared
+
+    def get(self, timeout: float | None = None) -> Any:
+        """See `Shared.get`."""
+        return self.to(None).get(timeout)
+
+    def __reduce__(self) -> Any:
+        return _itself, (self.to(None),)
+
+
+def _itself(shared: "_Shared") -> "_Shared":
+    return shared
 
 
 class _Shared:
@@ -360,17 +507,29 @@ def _host_class() -> Any:
             self._rest = threading.Event()
 
         @ray.method(concurrency_group=WORK)
-        def work(self, method: str, *args: Any) -> Any:
+        def work(self, method: str, greeting: _Greeting, args: Any) -> _Answered:
+            return self._answer(method, greeting, args)
+
+        @ray.method(concurrency_group=SIDE)
+        def side(self, method: str, greeting: _Greeting, args: Any) -> _Answered:
+            return self._answer(method, greeting, args)
+
+        def _answer(self, method: str, greeting: _Greeting, args: Any) -> _Answered:
+            neighbours = _neighbours()
+            args = neighbours.unpack(args) if method else args
+            value = self._call(method, *args)
+            reader = greeting.place if greeting.reads else None
+            return _Answered(
+                neighbours.pack(value, reader), neighbours.reply_to(greeting)
+            )
+
+        def _call(self, method: str, *args: Any) -> Any:
             if not method:
                 make, versions = args
                 _check_versions(versions)
                 self._object = None  # whose memory the next one may need
                 self._object = make()
                 return None
-            return getattr(self._object, method)(*args)
-
-        @ray.method(concurrency_group=SIDE)
-        def side(self, method: str, *args: Any) -> Any:
             if method == "alive":  # for as long as the process is in use
                 self._rest.wait()
                 return None

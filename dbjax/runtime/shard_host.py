@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from dbjax.loss import all_finite
-from dbjax.runtime.parcels import FENCED, Answer, Held, Parcel, from_wire, to_wire
+from dbjax.runtime.parcels import FENCED, Answer, Held, Parcel, to_wire
 from dbjax.runtime.recorder import Recorder
 from dbjax.runtime.transport import Address, Deposed, Gone, Late, Reply, Shared
 from dbjax.server.shard import Shard, ShardState
@@ -266,11 +266,7 @@ class ShardHost:
         message, state = parcel.push, self._state
         message = message._replace(taken=message.taken and status == TAKEN)
         if message.taken:
-            message = message._replace(
-                gradients=from_wire(message.gradients),
-                stale_params=from_wire(message.stale_params),
-                base=state.version - self._missed(parcel),
-            )
+            message = message._replace(base=state.version - self._missed(parcel))
         with self._looking:
             self._state, _ = self._shard.handle(state, message, spare=self._spare)
         if message.taken:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -107,6 +108,35 @@ def test_a_shard_is_killed(variant, pids, standby):
         assert run.info.lost_updates == 0
     assert np.any(run.trace.incarnation) == (not standby)
     assert_whole(run, 400)
+
+
+def wide_loss(params, batch):
+    return problems.loss_fn(params, batch) + 0.1 * jnp.mean(params["z"] ** 2)
+
+
+WIDE = problems.PARAMS | {"z": np.linspace(-1, 1, 2**14, dtype=np.float32)}
+
+
+@pytest.mark.parametrize(("standby", "overlap"), [(0, False), (1, False), (1, True)])
+def test_large_arrays_lie_in_memory_that_processes_share(
+    variant, pids, standby, overlap
+):
+    of_shard, killed = killing(pids, "shard 0", 40)
+    of_replica, killed_too = killing(pids, "replica 2", 80)
+
+    def watch(progress):
+        of_shard["watch"](progress)
+        of_replica["watch"](progress)
+
+    runtime = variant(standby=standby, snapshot_every=20, watch=watch, watch_every=0.02)
+    run = train(
+        runtime, loss_fn=wide_loss, params=WIDE, steps=400, shards=2, overlap=overlap
+    )
+    assert killed and killed_too
+    assert run.trace.header["deaths"] == {"replicas": 1, "shards": 1}
+    assert_whole(run, 400, loss_fn=wide_loss, params=WIDE)
+    if sys.platform.startswith("linux"):
+        assert "memfd:dbjax" in pathlib.Path("/proc/self/maps").read_text()
 
 
 DRIVER = """
