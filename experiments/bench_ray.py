@@ -26,7 +26,6 @@ import numpy as np
 import ray
 
 import dbjax
-from dbjax.cluster import Empirical
 from dbjax.runtime.lanes import cores
 from dbjax.runtime.parcels import to_wire
 from dbjax.runtime.ray import Session
@@ -154,9 +153,9 @@ def _update_rows(replicas: int, steps: int, rates: dict[str, list[float]]) -> li
 
 _PARTS = (
     "gradient: minibatch, gradient, check",
-    "between: accrue, split",
-    "push: pickled, sent, unpickled",
-    "shard and answer: check, update, parameters back, installed",
+    "push: split, copied, sent, opened",
+    "shard: check, update",
+    "answer: copied, sent, opened, installed",
     "between: until the next gradient",
 )
 
@@ -168,19 +167,17 @@ def where(options: Options) -> list[Row]:
         alone = _alone(session, problem, 5 if options.quick else 200)
         for replicas in (1, 2):
             problem.train(runtime, replicas, max(30, steps // 4))
-            cycles, orders, whole = [], [], []
+            cycles, whole = [], []
             for _ in range(options.rounds):
                 trace = problem.train(runtime, replicas, steps)
                 for replica in range(replicas):
-                    parts, order = _cycles(trace, replica)
+                    parts = _cycles(trace, replica)
                     cycles.append(parts)
-                    orders.append(order)
                     mine = trace.replica == replica
                     whole += [1e3 / _rate(_computed(trace.take(mine)))] * len(parts)
             # Means, since means of parts add up to the mean of the whole.
             means = 1e3 * np.concatenate(cycles).mean(axis=0)
-            order = 1e3 * float(np.concatenate(orders).mean())
-            rows += _where_rows(replicas, means, order, statistics.mean(whole), alone)
+            rows += _where_rows(replicas, means, statistics.mean(whole), alone)
     what = {
         "empty": "an empty call and its answer",
         "put": "ray.put of the parameters",
@@ -200,7 +197,6 @@ def where(options: Options) -> list[Row]:
 def _where_rows(
     replicas: int,
     means: np.ndarray,
-    order: float,
     whole: float,
     alone: dict[str, float],
 ) -> list[Row]:
@@ -208,9 +204,9 @@ def _where_rows(
     one_way = alone["empty"] / 2
     counterparts = (
         alone["gradient"],
-        0.0,
         alone["take"] - one_way,
-        alone["update"] + alone["give"] - one_way,
+        alone["update"],
+        alone["give"] - one_way,
         0.0,
     )
     about = f"{_replicas(replicas)}, 670k"
@@ -225,19 +221,13 @@ def _where_rows(
     total = float(means.sum())
     rows.append(
         Row("where", f"{about}, all of these", f"{total:.2f} ms", baseline,
-            total / whole, "= 1", f"the driver's next order came {order:.2f} ms after "
-            "the push began: beside these"),
+            total / whole, "= 1", "the driver's orders are beside these"),
     )  # fmt: skip
     return rows
 
 
-def _cycles(trace: Trace, replica: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut the middle of a replica's run into parts of an update.
-
-    Returns:
-      Seconds of `_PARTS`, `[updates, 5]`, and from the push's beginning to the moment
-      when the replica knew that there is another step, `[updates]`.
-    """
+def _cycles(trace: Trace, replica: int) -> np.ndarray:
+    """Cut the middle of a replica's run into seconds of `_PARTS`, `[updates, 5]`."""
     rows = {
         kind: np.flatnonzero((trace.kind == kind) & (trace.replica == replica))
         for kind in (COMPUTE, PUSH, FETCH)
@@ -256,8 +246,7 @@ def _cycles(trace: Trace, replica: int) -> tuple[np.ndarray, np.ndarray]:
         trace.start[computed][1:],
     ]
     middle = slice(len(computed) // 10, -len(computed) // 10)
-    order = trace.start[fetched][1:] - trace.start[pushed][:-1]
-    return np.diff(np.stack(ends, axis=1), axis=1)[middle], order[middle]
+    return np.diff(np.stack(ends, axis=1), axis=1)[middle]
 
 
 def _alone(session: Session, problem: Problem, times: int) -> dict[str, float]:
@@ -436,27 +425,21 @@ def prediction(options: Options) -> list[Row]:
             two = problem.train(runtime, 2, steps)
             # A replica has a number there, and another machine's is not known.
             fitted = dataclasses.replace(dbjax.Cluster.fit(trace), speeds=1.0)
-            read = _read_off(trace)
             found = {
                 "one": _rate(_computed(trace)),
                 "one, fitted": _simulated(fitted, 1, steps),
-                "one, read off": _simulated(read, 1, steps),
                 "two": _rate(_computed(two)),
                 "two, fitted": _simulated(fitted, 2, steps),
-                "two, read off": _simulated(read, 2, steps),
             }
             most = cores() / work[-1]
-            found["two, on these cores"] = min(found["two, read off"], most)
+            found["two, on these cores"] = min(found["two, fitted"], most)
             for name, rate in found.items():
                 rates.setdefault(name, []).append(rate)
     each = 1e3 * statistics.median(work)
-    read = "a fetch counted from its push's arrival"
     rows = []
     for name, how in {
         "one, fitted": "Cluster.fit",
-        "one, read off": read,
         "two, fitted": "Cluster.fit: to it each replica has a machine of its own",
-        "two, read off": read,
         "two, on these cores": f"the same, and an update keeps a core busy for "
         f"{each:.1f} ms: there are {cores()}",
     }.items():
@@ -475,20 +458,6 @@ def prediction(options: Options) -> list[Row]:
 
 def _simulated(cluster: dbjax.Cluster, replicas: int, steps: int) -> float:
     return _rate(_computed(dbjax.simulate(cluster, replicas=replicas, steps=steps)))
-
-
-def _read_off(trace: Trace) -> dbjax.Cluster:
-    """A cluster of the only replica's updates, part by part.
-
-    `Cluster.fit` counts an exchange's beginning twice where a push brings the next
-    parameters along: as the shard's work on the push, and as a part of the fetch.
-    """
-    parts, _ = _cycles(trace, 0)
-    return dbjax.Cluster(
-        step_time=Empirical(parts[:, [0, 1, 4]].sum(axis=1)),
-        shard_service=Empirical(parts[:, 2]),
-        latency=Empirical(parts[:, 3] / 2),
-    )
 
 
 def _busy() -> float:

@@ -96,7 +96,7 @@ def make_parcel(
 ) -> Parcel:
     """A push of one gradient, as a replica sends it."""
     push = Push(replica, id_, id_, to_wire(gradients), base=id_, taken=taken)
-    return Parcel(push, 0, 1, ((id_, 0),), 0.0, fetches=fetches)
+    return Parcel(push, 0, 1, ((id_, 0),), fetches=fetches)
 
 
 class Exchanger:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+import dbjax
 from dbjax.cluster import (
     Cluster,
     Constant,
@@ -526,7 +527,8 @@ def record(cluster, replicas=6, steps=400, shards=2, seed=0):
         seconds = np.atleast_3d(seconds)
         owner, step, shard = np.indices(seconds.shape)
         rows["kind"].append(np.full(seconds.size, kind))
-        rows["start"].append(3.0 * step.ravel())
+        # Nothing overlaps: a fetch that a push lies within has waited for it.
+        rows["start"].append(3.0 * step.ravel() + len(rows["kind"]))
         rows["seconds"].append(seconds.ravel())
         rows["replica"].append(owner.ravel())
         rows["shard"].append(shard.ravel())
@@ -585,6 +587,16 @@ def test_fit_of_constants_gives_constants_for_all_rounding(steps):
     np.testing.assert_allclose(fitted.speeds, 1.0)
     still = Cluster.fit(record(Cluster(), steps=steps))
     assert still.latency == Constant(0.0) and not still.queues
+
+
+def test_fit_does_not_count_a_push_as_the_way_of_the_fetch_behind_it():
+    known = Cluster(step_time=0.7, latency=0.05, shard_service=0.2)
+    trace = dbjax.simulate(known, replicas=1, steps=300, shards=2)
+    fitted: Any = Cluster.fit(trace)
+    for name in ("step_time", "latency", "shard_service"):
+        assert getattr(fitted, name).mean == pytest.approx(getattr(known, name).mean)
+    again = dbjax.simulate(fitted, replicas=1, steps=300, shards=2)
+    assert again.time[-1] == pytest.approx(trace.time[-1])
 
 
 def test_thinning_keeps_the_mean():

@@ -25,8 +25,9 @@ def calibrate(trace: Trace) -> Calibration:
     A replica's speed is the median replica's mean step time over its own, so that the
     typical machine has speed 1 and each keeps its mean; one that computed nothing has
     speed 1. Step times are those recorded times the speed. A latency is half a fetch,
-    bytes and all, as a record of one problem cannot tell bandwidth from latency. Shard
-    service is how long a push was handled. Failures and joins are not read.
+    bytes and all, as a record of one problem cannot tell bandwidth from latency, but
+    without the handling of the replica's own push, if it waited for that. Shard service
+    is how long a push was handled. Failures and joins are not read.
 
     Args:
       trace: a Trace with COMPUTE rows.
@@ -63,9 +64,34 @@ def calibrate(trace: Trace) -> Calibration:
     return Calibration(
         step_time=_distribution(steps * speeds[owners], rounding),
         speeds=tuple(speeds.tolist()),
-        latency=_distribution(seconds[trace.kind == FETCH] / 2, rounding),
+        latency=_distribution(_on_the_way(trace) / 2, rounding),
         shard_service=_distribution(seconds[trace.kind == PUSH], rounding),
     )
+
+
+def _on_the_way(trace: Trace) -> np.ndarray:
+    """Seconds of each fetch, less those in which a shard handled the push before it."""
+    fetched, pushed = (np.flatnonzero(trace.kind == kind) for kind in (FETCH, PUSH))
+    seconds = trace.time[fetched] - trace.start[fetched]
+    if not pushed.size or not fetched.size:
+        return seconds
+    # One line for each replica and shard, on which times go up.
+    shards = int(trace.shard.max()) + 1
+    line = trace.replica * shards + trace.shard
+    pushed = pushed[np.lexsort((trace.time[pushed], line[pushed]))]
+    for number in np.unique(line[fetched]):
+        fetches = np.flatnonzero(line[fetched] == number)
+        pushes = pushed[line[pushed] == number]
+        if not pushes.size:
+            continue
+        last = np.searchsorted(
+            trace.time[pushes], trace.time[fetched[fetches]], "right"
+        )
+        push = pushes[np.maximum(last - 1, 0)]
+        within = (last > 0) & (trace.start[push] >= trace.start[fetched[fetches]])
+        handled = trace.time[push] - trace.start[push]
+        seconds[fetches] -= np.where(within, handled, 0)
+    return seconds
 
 
 def _distribution(values: np.ndarray, rounding: float) -> Distribution:

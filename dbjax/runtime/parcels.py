@@ -21,7 +21,6 @@ class Parcel(NamedTuple):
       life: which life of the replica sends it; one that was given up is fenced.
       count: how many gradients are summed.
       bases: by shard, `push.base` and `push.origin`.
-      sent: when, in seconds since the run began.
       clocks: the protocol's, where it looks at them.
       journal: rows of the replica since its last push, so that a shard knows what was
         computed even if the replica dies before it tells anybody else.
@@ -32,7 +31,6 @@ class Parcel(NamedTuple):
     life: int
     count: int
     bases: tuple[tuple[int, int], ...]
-    sent: float
     clocks: Any = None
     journal: tuple[Any, ...] = ()
     fetches: bool = False

@@ -7,6 +7,7 @@ replicas exchange arrays with the shards, not with it.
 
 import contextlib
 import functools
+import math
 import queue
 import threading
 import time
@@ -19,6 +20,7 @@ from dbjax.runtime.live_shard import Snapshot
 from dbjax.runtime.parcels import Held, Parcel, Report
 from dbjax.runtime.recorder import COLUMNS, Recorder
 from dbjax.runtime.remote_shards import RemoteShards
+from dbjax.runtime.replica_host import FAILED_AT
 from dbjax.runtime.transport import SIDE, Address, Gone, Reply, Transport
 from dbjax.server.shard import ShardState
 from dbjax.trace import COMPUTE, FAIL, JOIN, LEAVE, NOT_FINITE, PUSH, RESTART
@@ -28,6 +30,9 @@ MOST_DEATHS = 5
 
 LOOK_UP = 1.0
 """Seconds between looks at who has not answered for too long."""
+
+LASTS = 0.05
+"""Seconds that an order is to last: short minibatches are ordered several at once."""
 
 _AT = {name: place for place, name in enumerate(COLUMNS)}
 _OUT, _COMING, _HERE, _DEAD = "out", "coming", "here", "dead"
@@ -58,11 +63,11 @@ class Order(NamedTuple):
 
     Attributes:
       name: the method of its `ReplicaHost`.
-      step: the ticket it got, -1 if none.
+      steps: the tickets it got.
     """
 
     name: str
-    step: int = -1
+    steps: tuple[int, ...] = ()
 
 
 class Terms(NamedTuple):
@@ -101,6 +106,7 @@ class Member:
       place: out, coming, here, or dead, while that is being settled.
       orders: those that it has not reported on.
       since: when it last reported, or got the first of them.
+      pace: seconds that a ticket of its last order took.
       asked: what its actor asked for at the last report.
       batch: its next minibatch.
       next_id: of its pushes.
@@ -118,7 +124,7 @@ class Member:
         self.address: Address | None = None
         self.life, self.place = -1, _OUT
         self.orders: list[Order] = []
-        self.since, self.asked = 0.0, ""
+        self.since, self.pace, self.asked = 0.0, math.inf, ""
         self.batch, self.next_id = batch, next_id
         self.rows: list[Any] = []
         self.steps: set[int] = set()
@@ -436,7 +442,7 @@ class RemoteCrew:
         # One ahead, so that it need not wait for us; unless others decide what is next.
         depth = 2 if tickets.protocol.free_running else 1
         while member.place == _HERE and len(member.orders) < depth:
-            if any(order.step < 0 for order in member.orders):
+            if not all(order.steps for order in member.orders):
                 return  # what comes next depends on it
             if member.asked == self.program.requests.push:
                 if not tickets.may_push(replica):
@@ -455,7 +461,18 @@ class RemoteCrew:
                 self._send(replica, Order("take"))
             if step is None or step < 0:
                 return
-            self._send(replica, Order("take", step))
+            more = range(self._at_once(member) - 1)
+            steps = [step, *(tickets.ask(replica) for _ in more)]
+            given = tuple(step for step in steps if step is not None and step >= 0)
+            self._send(replica, Order("take", given))
+
+    def _at_once(self, member: Member) -> int:
+        """How many tickets to give at once, so that we are not what takes time."""
+        tickets, replicas = self.program.tickets, len(self._members)
+        if not (tickets.protocol.free_running and tickets.warm):
+            return 1  # others decide what is next
+        left = tickets.steps - tickets.next  # all are to end together
+        return max(1, min(int(LASTS / member.pace), left // (8 * replicas)))
 
     def _send(self, replica: int, order: Order) -> None:
         member, tickets = self._members[replica], self.program.tickets
@@ -465,8 +482,7 @@ class RemoteCrew:
         member.orders.append(order)
         member.still = False
         clocks = None if tickets.protocol.free_running else tickets.clocks
-        ticket = (order.step if order.step >= 0 else None,)
-        args = ticket if order.name == "take" else ()
+        args = (order.steps,) if order.name == "take" else ()
         reply, life = member.address.ask(order.name, *args, clocks), member.life
         self._when(reply, lambda reply: self._reported(replica, life, reply))
 
@@ -480,17 +496,20 @@ class RemoteCrew:
         except Gone:
             return  # its death is heard of elsewhere
         except Exception as error:
-            steps = [order.step for order in member.orders if order.step >= 0]
-            self._fail(replica, steps[0] if steps else -1, error)
+            steps = [step for order in member.orders for step in order.steps]
+            step = getattr(error, FAILED_AT, steps[0] if steps else -1)
+            self._fail(replica, step, error)
             self._died(replica, life)
             return
-        order = member.orders.pop(0)
-        member.since = time.monotonic()
+        order, now = member.orders.pop(0), time.monotonic()
+        if order.steps:
+            member.pace = max((now - member.since) / len(order.steps), 1e-4)
+        member.since = now
         member.asked, member.next_id = report.asked, report.next_id
         member.batch = max(member.batch, report.batch)
         self._learn(member, life, report.rows)
         words = self.program.requests
-        if order.step >= 0:
+        if order.steps:
             member.deaths = 0
             tickets.begun(replica)
         if order.name == "flush":
@@ -502,8 +521,9 @@ class RemoteCrew:
             self._let_go(replica)
             member.done = replica < self._wanted()
         elif report.asked == words.ticket:
-            tickets.done(replica)
-            self._finished()
+            for _ in range(max(1, len(order.steps))):
+                tickets.done(replica)
+                self._finished()
         if tickets.protocol.free_running and tickets.warm:
             self._feed(replica)
         else:
@@ -597,7 +617,8 @@ class RemoteCrew:
             self.shards.look_for_the_silent(now)
         for member in self._members:
             waits = member.orders or member.place == _COMING
-            if waits and now - member.since > self.terms.timeout:
+            steps = len(member.orders[0].steps) if member.orders else 1
+            if waits and now - member.since > self.terms.timeout * max(1, steps):
                 assert member.address is not None
                 self.transport.kill(member.address)
                 member.since = now
@@ -643,12 +664,12 @@ class RemoteCrew:
         member, tickets = self._members[replica], self.program.tickets
         lost, member.unpushed = member.unpushed, 0
         self._record(FAIL, replica, count=lost)
-        for order in member.orders:
-            if order.step in member.steps:
+        for step in [step for order in member.orders for step in order.steps]:
+            if step in member.steps:
                 tickets.lost(replica)
                 self._finished()
-            elif order.step >= 0:
-                tickets.give_back(order.step)
+            else:
+                tickets.give_back(step)
         tickets.leave(replica)
         self._replace(replica)
 

@@ -1,6 +1,7 @@
 """A replica in a process of its own: its life, by orders; its shards, by address."""
 
 import collections
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,9 @@ from dbjax.trace import COMPUTE, FETCH
 
 WINDOW = 2
 """So many pushes may be under way before the next one waits (back-pressure)."""
+
+FAILED_AT = "failed_at_step"
+"""Attribute of an error of the user's code: the ticket that it was for."""
 
 
 class ReplicaHost:
@@ -58,17 +62,25 @@ class ReplicaHost:
         )  # fmt: skip
         self._life = Life(program, hands, self._around, replica, batch)
 
-    def take(self, step: int | None, clocks: Any = None) -> Report:
-        """Take a ticket, or hear that there are none left; go on until the next one."""
+    def take(self, steps: Sequence[int], clocks: Any = None) -> Report:
+        """Take tickets, one after the other, or hear that there are none left."""
         self._around.clocks = clocks
-        self._life.take(step)
-        return self._carry_on()
+        for step in steps or (None,):
+            self._life.take(step)
+            try:
+                self._carry_on()
+            except Exception as error:
+                with contextlib.suppress(AttributeError):  # it may be frozen
+                    setattr(error, FAILED_AT, -1 if step is None else step)
+                raise
+        return self._report()
 
     def push(self, clocks: Any) -> Report:
         """Push, which the protocol now allows, and go on."""
         self._around.clocks = clocks
         self._life.carry_out()
-        return self._carry_on()
+        self._carry_on()
+        return self._report()
 
     def flush(self, clocks: Any = None) -> Report:
         """Push what is accrued, and wait until nothing is under way."""
@@ -85,7 +97,7 @@ class ReplicaHost:
         """A shard lives elsewhere now."""
         self._around.moved(shard, address)
 
-    def _carry_on(self) -> Report:
+    def _carry_on(self) -> None:
         words = self._words
         until = (words.ticket, words.stop) + ((words.push,) if self._gated else ())
         try:
@@ -97,7 +109,6 @@ class ReplicaHost:
             self._life.end()
             self._around.wait()
             self._life.close()
-        return self._report()
 
     def _report(self) -> Report:
         rows, at = self._around.take_rows(), self._life.state
@@ -195,7 +206,7 @@ class _Away:
 
     def push(self, step: int, messages: list[Push], count: int, fetches: bool) -> None:
         journal = tuple(_take(self._journal))
-        now, fetches = self.now(), fetches and self._combine
+        fetches = fetches and self._combine
         bases = tuple((message.base, message.origin) for message in messages)
         parcels = [
             Parcel(
@@ -203,7 +214,7 @@ class _Away:
                     gradients=to_wire(message.gradients),
                     stale_params=to_wire(message.stale_params),
                 ),
-                *(self.life, count, bases, now, self.clocks, journal, fetches),
+                *(self.life, count, bases, self.clocks, journal, fetches),
             )
             for message in messages
         ]

@@ -10,7 +10,7 @@ import numpy as np
 
 from dbjax.loss import all_finite
 from dbjax.runtime.parcels import FENCED, Answer, Held, Parcel, to_wire
-from dbjax.runtime.recorder import Recorder
+from dbjax.runtime.recorder import COLUMNS, Recorder
 from dbjax.runtime.transport import Address, Deposed, Gone, Late, Reply, Shared
 from dbjax.server.shard import Shard, ShardState
 from dbjax.trace import DROPPED, NOT_FINITE, PUSH, TAKEN
@@ -19,6 +19,8 @@ from dbjax.typing import Params
 
 MOST_NEWS = 64
 """Rows that one answer holds at most."""
+
+_TIME = COLUMNS.index("time")
 
 
 class ShardHost:
@@ -76,14 +78,14 @@ class ShardHost:
         Raises:
           ValueError: its gradients are not what this shard holds.
         """
-        message = parcel.push
+        message, arrived = parcel.push, self._recorder.now()
         if self._follows or parcel.life < self._lives.get(message.replica, 0):
             return Answer(self._state.version, self._state.incarnation, FENCED)
         _, last, version, status = self._handled.get(message.replica, (0, -1, 0, 0))
         if message.id > last:
             self._check(message.gradients if message.taken else None, message.replica)
             parcel, status = self._judge(parcel)
-            self._handle(parcel, status)
+            self._handle(parcel, status, arrived)
             version = self._state.version
         rows = self._news((message.replica, parcel.life))
         answer = Answer(version, self._state.incarnation, status, rows=rows)
@@ -102,7 +104,8 @@ class ShardHost:
             if message.id > self._handled.get(message.replica, (0, -1))[1]:
                 base, origin = parcel.bases[self._index]  # it came from another shard
                 message = message._replace(taken=False, base=base, origin=origin)
-                self._handle(parcel._replace(push=message), DROPPED)
+                now = self._recorder.now()
+                self._handle(parcel._replace(push=message), DROPPED, now)
 
     def fence(self, replica: int, life: int) -> list[Parcel]:
         """Take nothing more from a replica's life, or those before it.
@@ -245,20 +248,20 @@ class ShardHost:
         push, version = parcel.push, self._state.version
         return missed(version, push.base, push.origin, self._origins)
 
-    def _handle(self, parcel: Parcel, status: int) -> None:
+    def _handle(self, parcel: Parcel, status: int, arrived: float) -> None:
         message, version = parcel.push, self._state.version + 1
-        row = self._recorder.add(
-            PUSH, message.replica, parcel.sent, self._index, message.step, -1, version,
-            message.base, parcel.count, status, self._bytes, message.id,
-            self._state.incarnation,
+        row = self._recorder.make_row(
+            PUSH, message.replica, arrived, shard=self._index, step=message.step,
+            version=version, base=message.base, count=parcel.count, status=status,
+            nbytes=self._bytes, id_=message.id, incarnation=self._state.incarnation,
         )  # fmt: skip
-        self._recorder.rows.clear()
         reply = None
         if self._standby is not None:
             reply = self._standby.ask("repeat", parcel, status, row)
         self._apply(parcel, status)
         if reply is not None:
             self._await(reply)
+        row[_TIME] = self._recorder.now()
         self._note(parcel, status, row)
 
     def _apply(self, parcel: Parcel, status: int) -> None:

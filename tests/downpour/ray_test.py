@@ -290,7 +290,7 @@ def shard():
 
 def parcel(gradients, id_=0, life=0, **more):
     push = Push(replica=1, id=id_, step=3, gradients={"w": gradients}, base=0)
-    return Parcel(push, life, 1, ((0, 0),), 0.0, **more)
+    return Parcel(push, life, 1, ((0, 0),), **more)
 
 
 def test_a_push_is_handled_once_however_often_it_comes(shard):
