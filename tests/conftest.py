@@ -1,4 +1,5 @@
 import os
+import re
 
 import pytest
 
@@ -7,6 +8,32 @@ import pytest
 # several devices talk to each other.
 os.environ["NPROC"] = str(max(64, int(os.environ.get("NPROC") or 0)))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# How tests on Ray are called: those of a file, or with a parameter.
+ON_RAY = re.compile(r"ray_test\.py::|[-\[]ray\b")
+
+
+def pytest_collection_modifyitems(items):
+    """Tests on Ray come first, as they wait much while others compute."""
+    items.sort(key=lambda item: not ON_RAY.search(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """As `--dist loadfile`, but all tests on Ray go to one process: they share a cluster.
+
+    The marker `xdist_group` cannot say so, as pytest 9.2 and xdist 3.8 ignore it
+    (pytest-dev/pytest-xdist, issue 1386).
+    """
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return "ray" if ON_RAY.search(nodeid) else super()._split_scope(nodeid)
+
+    return Files(config, log)
 
 
 @pytest.fixture(scope="session")
