@@ -64,10 +64,15 @@ class Problem(NamedTuple):
 
 
 @functools.cache
+def value_at(problem: Problem, point: tuple[float, ...]) -> float:
+    """The value at a point, in float64."""
+    with jax.enable_x64(True):
+        return float(jax.jit(problem.fun)(jnp.asarray(point, jnp.float64)))
+
+
 def _rooms(problem: Problem, tau: float) -> list[float]:
     """How far above each minimum a value may be."""
-    with jax.enable_x64(True):
-        first = float(problem.fun(jnp.asarray(problem.start, jnp.float64)))
+    first = value_at(problem, problem.start)
     return [tau * min(first - low, max(1.0, abs(low))) for low in problem.minima]
 
 

@@ -1,12 +1,11 @@
 import argparse
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import bench_classic
-from experiments.classic_problems import PROBLEMS, tau_of
+from experiments.classic_problems import PROBLEMS, tau_of, value_at
 
 # From the source: the value at the standard start (of those that are stated, or follow
 # by hand), and a minimiser where there is a simple one.
@@ -65,18 +64,15 @@ def test_all_problems_of_the_source_in_its_order():
 @pytest.mark.parametrize("number", AT_START)
 def test_value_at_the_start(number):
     problem = by_number[number]
-    with jax.enable_x64(True):
-        value = problem.fun(jnp.asarray(problem.start, "float64"))
+    value = value_at(problem, problem.start)
     np.testing.assert_allclose(value, AT_START[number], rtol=1e-9)
 
 
 @pytest.mark.parametrize("number", MINIMISERS)
 def test_value_at_a_known_minimiser(number):
     problem = by_number[number]
-    with jax.enable_x64(True):
-        point = jnp.asarray(MINIMISERS[number], "float64")
-        assert point.shape == np.shape(problem.start)
-        value = float(problem.fun(point))
+    assert len(MINIMISERS[number]) == len(problem.start)
+    value = value_at(problem, tuple(MINIMISERS[number]))
     np.testing.assert_allclose(value, problem.minima[0], rtol=1e-12, atol=1e-20)
     assert problem.solved(value, tau_of("float64", strict=True))
 
