@@ -5,6 +5,7 @@ and what the run asks for. It hands out tickets, replaces whoever dies, and neve
 replicas exchange arrays with the shards, not with it.
 """
 
+import bisect
 import contextlib
 import functools
 import math
@@ -113,7 +114,9 @@ class Member:
       rows: of the Trace, not yet merged.
       steps: those that it is known to have computed.
       seen: names of its rows, and numbers of its pushes, that are known.
-      unpushed: gradients that are known to be computed, and not to be pushed.
+      unpushed: by life, gradients that are known to be computed, and not to be pushed.
+      firsts: by life, its first push.
+      failed: by life, the row that says how many of them were lost.
       deaths: in a row.
       still: whether nothing of it is under way.
       done: whether there was nothing left for it to do.
@@ -129,9 +132,30 @@ class Member:
         self.rows: list[Any] = []
         self.steps: set[int] = set()
         self.seen: set[Any] = set()
-        self.unpushed = self.deaths = 0
+        self.unpushed: list[int] = []
+        self.firsts: list[int] = []
+        self.failed: dict[int, list[Any]] = {}
+        self.deaths = 0
         self.still, self.done = True, False
         self.state: Any = None
+
+    def begin(self) -> None:
+        """Begin another life."""
+        self.life += 1
+        self.firsts.append(self.next_id)
+        self.unpushed.append(0)
+
+    def count(self, life: int, change: int) -> None:
+        """Take note of gradients of a life, which may have ended already."""
+        self.unpushed[life] += change
+        if life in self.failed:
+            self.failed[life][_AT["count"]] = max(0, self.unpushed[life])
+
+    def pushed(self, id_: int, count: int) -> None:
+        """Take note of a push, if it is news."""
+        if id_ not in self.seen:
+            self.seen.add(id_)
+            self.count(bisect.bisect_right(self.firsts, id_) - 1, -count)
 
 
 class RemoteCrew:
@@ -260,8 +284,11 @@ class RemoteCrew:
                 pass
             if done == [True]:
                 break
+        # Some may have been given before, by a shard that died before it forgot them.
+        digests = dict.fromkeys(self.recorder.digests)
         for one in held:
-            self.recorder.digests += one.digests
+            digests |= dict.fromkeys(one.digests)
+        self.recorder.digests = list(digests)
         return [
             ShardState(one.params, one.optimizer_state, one.version, one.incarnation)
             for one in held
@@ -366,7 +393,8 @@ class RemoteCrew:
 
     def _join(self, replica: int) -> None:
         member = self._members[replica]
-        member.place, member.life = _COMING, member.life + 1
+        member.place = _COMING
+        member.begin()
         make = self.terms.make_replica(
             replica, member.life, self.shards.addresses(), member.batch,
             member.next_id, self._zero,
@@ -562,16 +590,13 @@ class RemoteCrew:
             if row[_AT["kind"]] == COMPUTE:
                 member.steps.add(row[_AT["step"]])
                 member.batch = max(member.batch, row[_AT["batch"]] + 1)
-                member.unpushed += 1
+                member.count(life, 1)
 
     def _count(self, row: Any) -> None:
         """Take note of a push that a shard has handled."""
         if row[_AT["replica"]] < 0:
             return
-        member, id_ = self._members[row[_AT["replica"]]], row[_AT["id"]]
-        if id_ not in member.seen:
-            member.seen.add(id_)
-            member.unpushed -= row[_AT["count"]]
+        self._members[row[_AT["replica"]]].pushed(row[_AT["id"]], row[_AT["count"]])
         self._updates += 1
         self._staleness += max(0, row[_AT["version"]] - 1 - row[_AT["base"]])
         if row[_AT["shard"]] == 0:
@@ -582,9 +607,10 @@ class RemoteCrew:
                 error = RejectedTooOften(MOST_REJECTED, replica, step)
                 self._fail(replica, step, error)
 
-    def _record(self, kind: int, replica: int, **columns: int) -> None:
-        row = self._clock.make_row(kind, replica, **columns)
+    def _record(self, kind: int, replica: int) -> list[Any]:
+        row = self._clock.make_row(kind, replica)
         self._members[replica].rows.append(row)
+        return row
 
     # Beginning and end.
 
@@ -648,9 +674,7 @@ class RemoteCrew:
         for id_ in sorted(parcels):
             self._learn(member, parcels[id_].life, parcels[id_].journal)
             member.next_id = max(member.next_id, id_ + 1)
-            if id_ not in member.seen:
-                member.seen.add(id_)
-                member.unpushed -= parcels[id_].count
+            member.pushed(id_, parcels[id_].count)
         known, missing = self.shards.acknowledged(replica), {}
         for shard, some in sent.items():
             there = {p.push.id for p in some}
@@ -662,8 +686,8 @@ class RemoteCrew:
     def _settled(self, replica: int) -> None:
         """Count what is lost with a replica, and give back what it had not begun."""
         member, tickets = self._members[replica], self.program.tickets
-        lost, member.unpushed = member.unpushed, 0
-        self._record(FAIL, replica, count=lost)
+        member.failed[member.life] = self._record(FAIL, replica)
+        member.count(member.life, 0)
         for step in [step for order in member.orders for step in order.steps]:
             if step in member.steps:
                 tickets.lost(replica)

@@ -139,10 +139,9 @@ class RemoteShards:
         return Snapshot(step, now, tuple(states), lambda: None)
 
     def collect(self) -> list[Held]:
-        """Give all they hold, while no push is under way; their logs begin anew."""
-        asked = [Asked(a, a.ask("collect")) for a in self.addresses()]
-        held = [self._patiently(s, one, "collect") for s, one in enumerate(asked)]
-        return held
+        """Give all they hold, while no push is under way."""
+        asked = [Asked(a, a.ask("held")) for a in self.addresses()]
+        return [self._patiently(s, one, "held") for s, one in enumerate(asked)]
 
     def are_still(self, held: list[Held]) -> bool:
         """Whether none has lost anything since it gave what it holds; then keep that.
@@ -155,6 +154,8 @@ class RemoteShards:
         if self.moving or [one.incarnation for one in held] != self._incarnations:
             return False
         self._copies = [one._replace(log=(), digests=()) for one in held]
+        for home, one in zip(self._homes, held, strict=True):
+            home.ask("forget", one.version)
         return True
 
     def lines(self) -> list[list[Any]]:

@@ -20,7 +20,7 @@ from dbjax.typing import Params
 MOST_NEWS = 64
 """Rows that one answer holds at most."""
 
-_TIME = COLUMNS.index("time")
+_TIME, _VERSION = COLUMNS.index("time"), COLUMNS.index("version")
 
 
 class ShardHost:
@@ -66,7 +66,6 @@ class ShardHost:
         self._published: Answer | None = None
         self._lives: dict[int, int] = {}
         self._heard: dict[tuple[int, int], int] = {}  # rows that a life knows of
-        self._logged = 0
         self._follows = False
         self._load(held)
 
@@ -111,18 +110,18 @@ class ShardHost:
         """Take nothing more from a replica's life, or those before it.
 
         Returns:
-          Its pushes since the log was last collected, without their gradients.
+          Its pushes that have not been forgotten, without their gradients.
         """
         self._lives[replica] = life + 1
-        return [p for p in self._parcels if p.push.replica == replica]
+        return [p for p in self._parcels.values() if p.push.replica == replica]
 
-    def collect(self) -> Held:
-        """Give all it holds, and begin a new log."""
-        held = self.held()
-        self._log, self._digests, self._parcels = [], [], []
+    def forget(self, version: int) -> None:
+        """What it has noted up to a version is known elsewhere."""
+        self._log = [row for row in self._log if row[_VERSION] > version]
+        self._digests = [one for one in self._digests if one[1] > version]
+        self._parcels = {v: p for v, p in self._parcels.items() if v > version}
         if self._standby is not None:
-            self._await(self._standby.ask("forget"))
-        return held
+            self._standby.ask("forget", version)
 
     def held(self) -> Held:
         """Give all it holds."""
@@ -136,15 +135,15 @@ class ShardHost:
 
     def adopt(self, standby: Address) -> None:
         """Have another process handle all that this one handles from now on."""
-        standby.ask("follow", self.held(), tuple(self._parcels)).result(self._timeout)
+        standby.ask("follow", self.held(), self._parcels).result(self._timeout)
         self._standby = standby
 
     # As a standby.
 
-    def follow(self, held: Held, parcels: tuple[Parcel, ...]) -> None:
+    def follow(self, held: Held, parcels: dict[int, Parcel]) -> None:
         """Be what another shard is, and refuse whatever does not come from it."""
         self._load(held)
-        self._parcels, self._follows = list(parcels), True
+        self._parcels, self._follows = dict(parcels), True
 
     def repeat(self, parcel: Parcel, status: int, row: list[Any]) -> None:
         """Handle what the other handles."""
@@ -152,10 +151,6 @@ class ShardHost:
             raise Deposed(f"shard {self._index}: its standby has taken its place")
         self._apply(parcel, status)
         self._note(parcel, status, row)
-
-    def forget(self) -> None:
-        """The log was collected."""
-        self._log, self._digests, self._parcels = [], [], []
 
     def promote(self, lives: dict[int, int]) -> bool:
         """Take the other's place; say whether this one has followed it.
@@ -218,7 +213,8 @@ class ShardHost:
         self._seen = self._state
         self._handled, self._origins = dict(held.handled), held.origins
         self._log, self._digests = list(held.log), list(held.digests)
-        self._parcels: list[Parcel] = []
+        self._logged = len(self._log)  # of which nobody has heard from this process
+        self._parcels: dict[int, Parcel] = {}  # by the version that they made
         self._shapes = jax.tree.map(lambda x: (x.shape, x.dtype), params)
 
     def _check(self, gradients: Params, replica: int) -> None:
@@ -285,7 +281,7 @@ class ShardHost:
             self._logged += 1
             self._seen = state
         light = message._replace(gradients=None, stale_params=None)
-        self._parcels.append(parcel._replace(push=light, clocks=None))
+        self._parcels[state.version] = parcel._replace(push=light, clocks=None)
         if self._every and state.version % self._every == 0:
             digest = self._digest(state.params)
             self._digests.append((self._index, state.version, digest))
