@@ -1,0 +1,133 @@
+"""Times to the target, and whether an ordering of them survives other machines.
+
+Other machines do not change what an update does, as a replica misses about as many
+updates by the others on each: so their times are those of the same curves on another
+clock, found by simulating a few rounds. SGD[1] keeps its 120 hours.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.figure_cluster import HOURS, Machines
+from experiments.figure_curves import Result, crossing
+from experiments.figure_study import Calibrated, Method, Study
+from experiments.figure_tuning import Setting
+
+_ROUNDS = 10  # of all replicas, simulated
+
+
+class Times(NamedTuple):
+    """When the seeds of a method reach the target; infinity where they never do.
+
+    Attributes:
+      hours: of each seed.
+      steps: minibatches or evaluations after the warm start, of each seed.
+    """
+
+    hours: np.ndarray
+    steps: np.ndarray
+
+    @property
+    def middle(self) -> float:
+        """The median in hours: infinity if most never get there."""
+        return float(np.median(self.hours))
+
+
+class Ordering(NamedTuple):
+    """A claim that one method is sooner than another.
+
+    Attributes:
+      sooner: name of the method that should be.
+      later: name of the other.
+      holds: whether its median is.
+      seeds: the share of seeds with which it is.
+      clusters: the share of plausible clusters on which its median is.
+    """
+
+    sooner: str
+    later: str
+    holds: bool
+    seeds: float
+    clusters: float
+
+
+def times(results: Sequence[Result], target: float) -> Times:
+    """Find the crossings on the test."""
+    return Times(
+        np.array([crossing(r.hours, r.test, target) for r in results]),
+        np.array([crossing(r.steps, r.test, target) for r in results]),
+    )
+
+
+def orderings(
+    pairs: Sequence[tuple[Method, Method]],
+    reached: Mapping[Method, Times],
+    on: Sequence[Mapping[Method, float]],
+) -> list[Ordering]:
+    """Check pairs of methods, the sooner one first.
+
+    Args:
+      pairs: what is claimed.
+      reached: the times of each method.
+      on: likewise the median, for each plausible cluster.
+
+    Returns:
+      What became of each claim.
+    """
+    found = []
+    for sooner, later in pairs:
+        early, late = reached[sooner], reached[later]
+        found.append(
+            Ordering(
+                sooner.name,
+                later.name,
+                early.middle < late.middle,
+                float(np.mean(early.hours < late.hours)),
+                float(np.mean([one[sooner] < one[later] for one in on])),
+            )
+        )
+    return found
+
+
+def elsewhere(
+    machines: Machines,
+    reached: Mapping[Method, Times],
+    settings: Mapping[Method, Setting],
+    study: Study,
+    found: Calibrated,
+) -> dict[Method, float]:
+    """Give the median hours to the target on other machines.
+
+    Args:
+      machines: the others.
+      reached: the steps that each method needs.
+      settings: its hyperparameters.
+      study: the study.
+      found: the clock.
+
+    Returns:
+      Hours by method.
+    """
+    hour = HOURS / found.steps / machines.sgd  # of a second on these machines
+    hours = {}
+    for method, each in reached.items():
+        steps = float(np.median(each.steps))
+        if method.kind == "sgd" or not math.isfinite(steps):
+            hours[method] = each.middle
+            continue
+        seconds = step_seconds(machines, method, settings[method], study)
+        hours[method] = found.clock.warm_hours + steps * seconds * hour
+    return hours
+
+
+def step_seconds(
+    machines: Machines, method: Method, setting: Setting, study: Study
+) -> float:
+    """Seconds of a minibatch of all replicas together, or of an evaluation."""
+    if method.kind == "lbfgs":
+        examples = setting["examples"] * machines.assumed.batch / study.task.batch
+        return machines.evaluation(method.replicas, examples, portions=3)
+    return machines.update(method.replicas, setting["n_push"], _ROUNDS)
