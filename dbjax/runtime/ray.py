@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import math
 import os
+import pickle
 import sys
 import threading
 import warnings
@@ -264,10 +266,13 @@ class _Address(NamedTuple):
         call = self.handle.work if lane == WORK else self.handle.side
         what = f"{self.name} ({method or 'start'})"
         neighbours, other = _neighbours(), self.handle._actor_id
-        packed = neighbours.pack(args, neighbours.reader(other)) if method else args
         try:
-            ref = call.remote(method, neighbours.greet(other), packed)
-            return _Reply(what, ref, other)
+            if not method:  # what it makes may come from a script: Ray pickles it
+                wire: Any = neighbours.greet(other), args
+            else:
+                reader = neighbours.reader(other)
+                wire = neighbours.pack(neighbours.greet(other), args, reader)
+            return _Reply(what, call.remote(method, wire), other)
         except (TypeError, AttributeError, RecursionError) as error:
             raise _cannot_be_sent(what, error) from error
         except Exception as error:
@@ -289,8 +294,8 @@ class _Reply:
         with self._lock:  # what was lent is opened once
             if not hasattr(self, "_value"):
                 neighbours = _neighbours()
-                neighbours.hear(self._other, answer.greeting)
-                self._value = neighbours.unpack(answer.value)
+                greeting, self._value = neighbours.unpack(answer)
+                neighbours.hear(self._other, greeting)
         return self._value
 
     def _get(self, timeout: float | None) -> Any:
@@ -329,13 +334,6 @@ class _Greeting(NamedTuple):
     reads: bool
 
 
-class _Answered(NamedTuple):
-    """What comes back from a call."""
-
-    value: Any
-    greeting: _Greeting
-
-
 class _Neighbours:
     """What this process has in common with others: memory, where that is possible.
 
@@ -371,21 +369,29 @@ class _Neighbours:
         heard = self._heard.get(other)
         return heard.place if heard is not None and heard.reads else None
 
-    def pack(self, message: Any, reader: Place | None) -> Any:
-        """Lend a message's arrays to a reader; None: it is on another machine."""
+    def pack(self, greeting: _Greeting, message: Any, reader: Place | None) -> Any:
+        """Give what is sent; `reader`: a neighbour to whom arrays are lent, or None."""
         message = jax.tree.map(
             lambda x: x.to(reader) if isinstance(x, _Published) else x, message
         )
-        return message if reader is None else self.memory.lend(message, reader)
+        if reader is None:
+            return greeting, message
+        wire = greeting, self.memory.lend(message, reader)
+        try:
+            return _pickled(wire)
+        except Exception:  # Ray knows better how, or says why not
+            return wire
 
-    def unpack(self, message: Any) -> Any:
-        """Give a message its arrays."""
-        if isinstance(message, Packed):
-            message = self.memory.open(message)
-        return jax.tree.map(
-            lambda x: _Here(self.unpack(x.value)) if isinstance(x, _Here) else x,
-            message,
+    def unpack(self, wire: Any) -> tuple[_Greeting, Any]:
+        """Give the greeting and the message of what was sent."""
+        greeting, message = pickle.loads(wire) if isinstance(wire, bytes) else wire
+        return greeting, jax.tree.map(
+            lambda x: _Here(self._open(x.value)) if isinstance(x, _Here) else x,
+            self._open(message),
         )
+
+    def _open(self, message: Any) -> Any:
+        return self.memory.open(message) if isinstance(message, Packed) else message
 
     def forget(self) -> None:
         """Give up what was lent to processes that are no more."""
@@ -396,6 +402,24 @@ class _Neighbours:
 @functools.cache
 def _neighbours() -> _Neighbours:
     return _Neighbours()
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles what is the same in all processes; much faster than Ray does."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        for what in (obj, type(obj)):
+            home = getattr(what, "__module__", None) or ""
+            # Ray counts its references; what a script defines is only there.
+            if home == "__main__" or home.partition(".")[0] == "ray":
+                raise pickle.PicklingError(f"{what!r} is of {home}")
+        return NotImplemented
+
+
+def _pickled(message: Any) -> bytes:
+    file = io.BytesIO()
+    _Pickler(file, protocol=5).dump(message)
+    return file.getvalue()
 
 
 class _Here:
@@ -507,21 +531,19 @@ def _host_class() -> Any:
             self._rest = threading.Event()
 
         @ray.method(concurrency_group=WORK)
-        def work(self, method: str, greeting: _Greeting, args: Any) -> _Answered:
-            return self._answer(method, greeting, args)
+        def work(self, method: str, wire: Any) -> Any:
+            return self._answer(method, wire)
 
         @ray.method(concurrency_group=SIDE)
-        def side(self, method: str, greeting: _Greeting, args: Any) -> _Answered:
-            return self._answer(method, greeting, args)
+        def side(self, method: str, wire: Any) -> Any:
+            return self._answer(method, wire)
 
-        def _answer(self, method: str, greeting: _Greeting, args: Any) -> _Answered:
+        def _answer(self, method: str, wire: Any) -> Any:
             neighbours = _neighbours()
-            args = neighbours.unpack(args) if method else args
+            greeting, args = neighbours.unpack(wire) if method else wire
             value = self._call(method, *args)
             reader = greeting.place if greeting.reads else None
-            return _Answered(
-                neighbours.pack(value, reader), neighbours.reply_to(greeting)
-            )
+            return neighbours.pack(neighbours.reply_to(greeting), value, reader)
 
         def _call(self, method: str, *args: Any) -> Any:
             if not method:
