@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with console.status("checking orderings on plausible clusters"):
         claims = check(study, found, tuned, reached)
     best = figure_task.make(study.task).best
-    notes = [*assumptions(study, found, best), *what_came_out(found, reached, claims)]
+    notes = [*assumptions(study, found, best), *what_came_out(reached, claims)]
     regimes = {
         m: regime(lab, found, m, tuned[m], results[m], reached[m])
         for m in FIGURE4
@@ -142,16 +142,18 @@ def assumptions(study: Study, found: Calibrated, best: float) -> list[str]:
     """Say what is assumed, and what is fitted."""
     task, machines = study.task, found.clock.machines
     a, sizes = machines.assumed, (task.bands, *task.hidden, task.states)
+    too_small = "A smoke run: far too small and too briefly tuned to say anything."
     return [
+        *([too_small] if study == SMOKE_STUDY else []),
         f"Task: {task.states} states of generated speech-like frames, network "
         f"{'-'.join(map(str, sizes))} of sigmoids, {task.model.num_parameters:,} "
         f"parameters, minibatches of {task.batch}; {task.training:,} examples to train "
         f"on, {task.validation:,} to tune by and {task.test:,} for the test, on which "
-        f"{100 * best:.1f} % is the best that is possible. {study.seeds} seeds.",
+        f"{100 * best:.1f} % is the best possible. {study.seeds} seeds.",
         f"Clock: 120 h are {found.steps:,} minibatches of SGD[1], so that one stands "
-        f"for {found.clock.compression:.3g} of the paper's. Fitted to the SGD[1] curve: "
-        f"relative to its end, ours is {100 * found.mismatch:.1f} percentage points "
-        "off (root mean square).",
+        f"for {found.clock.compression:.3g} of the paper's. Fitted to the curve of "
+        f"SGD[1]: relative to its end, ours is {100 * found.mismatch:.1f} percentage "
+        "points off (root mean square).",
         f"Target: {100 * found.target:.2f} %, which is to SGD[1]'s end on validation "
         "what 16 % is to its end in the paper.",
         f"Machines: {machines.bandwidth / 1e6:.0f} MB/s each way, fitted to figure 3; "
@@ -160,18 +162,17 @@ def assumptions(study: Study, found: Calibrated, best: float) -> list[str]:
         f"to 20 replicas and {a.many} above, 1 to one of Sandblaster, times of "
         f"{100 * a.spread:.0f} % spread, fetches and pushes "
         f"{'beside' if a.overlap else 'before and after'} the minibatch.",
-        f"The GPU is SGD on a machine {figure_study.GPU_SPEED} times as fast as SGD[1]'s "
-        "8: the one number that is read off figure 4 beside SGD[1]'s curve.",
-        "Adagrad's sums begin with the warm start; L-BFGS begins without a history, its "
-        "batch the first examples, and all seeds share one schedule of the replicas.",
+        f"The GPU is SGD on a machine {figure_study.GPU_SPEED} times as fast as "
+        "SGD[1]'s 8: the one number that is read off figure 4 beside SGD[1]'s curve.",
+        "Adagrad's sums begin with the warm start; L-BFGS begins without a history, "
+        "its batch is the first examples; all seeds share one schedule of replicas.",
     ]
 
 
 def what_came_out(
-    found: Calibrated, reached: Mapping[Method, Times], claims: Sequence[Ordering]
+    reached: Mapping[Method, Times], claims: Sequence[Ordering]
 ) -> list[str]:
     """Say which orderings came out, and how sure they are."""
-    del found
     by_name = {method.name: one for method, one in reached.items()}
     return [
         f"{c.sooner} before {c.later}: {'holds' if c.holds else 'DOES NOT HOLD'} "
@@ -230,12 +231,12 @@ def write(
 def write_tuning(tuned: Mapping[Method, Tuned], file: pathlib.Path) -> None:
     """Leave every trial as CSV."""
     with file.open("w", newline="") as out:
-        out.write(
-            "# Trials in their order; a trial ends when it is later than the best"
-        )
-        out.write(" before it.\n")
+        out.write("# Trials in their order; one that is later than the best ends.\n")
         rows = csv.writer(out, lineterminator="\n")
-        rows.writerow(("method", "trial", "setting", "hours_to_target", "validation", "best", "flags"))  # fmt: skip
+        rows.writerow(
+            ("method", "trial", "setting", "hours_to_target", "validation", "best",
+             "flags")
+        )  # fmt: skip
         for method, one in tuned.items():
             for place, trial in enumerate(one.trials, 1):
                 chosen = trial.setting == one.best

@@ -131,6 +131,21 @@ class Machines(NamedTuple):
         )  # fmt: skip
         return float(schedule.seconds.mean())
 
+    def total(self, kind: str, replicas: int) -> int:
+        """Machines of a curve of some kind, those of the server included."""
+        if kind == "sgd":
+            return 1
+        each = 1 if kind == "lbfgs" else self.of_a_replica(replicas)
+        return self.assumed.servers + replicas * each
+
+    def busy(self, computing: float, machines: int = 1) -> float:
+        """Cores in use by one replica that computes a share of the time.
+
+        Those that wait for other machines of the replica do not count, and the
+        server's are left out.
+        """
+        return figure3_fit.ASSUMED.cores * computing * self.speed_up[machines]
+
     def update(self, replicas: int, n_push: int = 1, rounds: int = 20) -> float:
         """Seconds between updates by all replicas of Downpour, once all are at work."""
         trace = dbjax.simulate(

@@ -139,7 +139,7 @@ def to_arrays(curve: Curve, result: Result) -> dict[str, Any]:
 def to_result(arrays: dict[str, np.ndarray]) -> Result:
     """The result that was saved."""
     columns = {name: arrays[name] for name in Result._fields[:5]}
-    staleness, diverged = arrays["staleness"].item(), arrays["diverged"].item()
+    staleness, diverged = float(arrays["staleness"]), bool(arrays["diverged"])
     return Result(**columns, staleness=staleness, diverged=diverged)
 
 

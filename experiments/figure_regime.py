@@ -43,13 +43,13 @@ def sharpness(task: Task, params: Params, scale: Params | None = None) -> float:
       The largest eigenvalue in size of `scale * Hessian`.
     """
     training = figure_task.make(task).training
-    batch = {name: x[:_EXAMPLES] for name, x in training._asdict().items()}
+    batch = {name: jnp.array(x[:_EXAMPLES]) for name, x in training._asdict().items()}
     loss = figure_task.loss_of(task)
     scale = jax.tree.map(jnp.ones_like, params) if scale is None else scale
     root = jax.tree.map(jnp.sqrt, scale)
 
     @jax.jit
-    def multiply(direction: Params) -> tuple[Params, jax.Array]:
+    def multiply(direction: Params, batch: Any) -> tuple[Params, jax.Array]:
         scaled = jax.tree.map(jnp.multiply, root, direction)
         gradient = functools.partial(jax.grad(loss), batch=batch)
         _, product = jax.jvp(gradient, (params,), (scaled,))
@@ -62,7 +62,7 @@ def sharpness(task: Task, params: Params, scale: Params | None = None) -> float:
     start: Any = [
         jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)
     ]
-    direction, size = multiply(jax.tree.unflatten(structure, start))
+    direction, size = multiply(jax.tree.unflatten(structure, start), batch)
     for _ in range(_ITERATIONS):
-        direction, size = multiply(direction)
+        direction, size = multiply(direction, batch)
     return float(size)

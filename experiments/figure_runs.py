@@ -59,14 +59,25 @@ class _Watch:
     Args:
       curve: the run.
       hours_of: hours on the axis from a run's own time.
+      due: hours, if they are not the curve's; likewise `deadline`.
+      deadline: see `due`.
     """
 
-    def __init__(self, curve: Curve, hours_of: Callable[[float], float]) -> None:
-        self._curve, self._due, self._hours_of = curve, curve.due, hours_of
+    def __init__(
+        self,
+        curve: Curve,
+        hours_of: Callable[[float], float],
+        due: np.ndarray | None = None,
+        deadline: float | None = None,
+    ) -> None:
+        self._curve, self._hours_of = curve, hours_of
+        self._due = curve.due if due is None else due
+        end = min(curve.hours, curve.deadline)
+        self._deadline = end if deadline is None else deadline
         self._sets = figure_task.make(curve.task)
         self._accuracy = figure_task.accuracy_of(curve.task)
         self._rows: list[tuple[float, ...]] = []
-        self.diverged = False
+        self.diverged = self.reached = False
 
     def __call__(self, params: Params, step: int, time: float) -> dict[str, float]:
         """Evaluate if it is time.
@@ -79,12 +90,12 @@ class _Watch:
         if len(self._due) and hours >= 0.9999 * self._due[0]:
             self._due = self._due[self._due > hours]
             self.look(params, step, hours)
-            target = self._curve.target
             last = [row[2] for row in self._rows[-HOLD:]]
-            holds = target and len(last) == HOLD and min(last) >= target
-            if self.diverged or holds:
+            target = self._curve.target or math.inf
+            self.reached = len(last) == HOLD and min(last) >= target
+            if self.diverged or self.reached:
                 raise _Stop
-        if hours > self._curve.deadline:
+        if hours > self._deadline:
             raise _Stop
         return {}
 
@@ -116,7 +127,7 @@ def _sgd(curve: Curve, folder: pathlib.Path) -> Result:
     steps = round(min(curve.hours, curve.deadline) / curve.clock.hours(seconds))
     watch = _Watch(curve, curve.clock.hours)
     trace = dbjax.simulate(dbjax.Cluster(step_time=seconds), replicas=1, steps=steps)
-    _replay(curve, trace, _first_params(curve), optax.sgd(curve.rate), watch)
+    _replay(curve, trace, _first_params(curve), _at_rate(curve.rate), watch)
     return watch.result()
 
 
@@ -127,14 +138,11 @@ class _WarmStart(NamedTuple):
     squares: Params
 
 
-_WARMING = threading.Lock()
-
-
 def _warm_start(curve: Curve, folder: pathlib.Path) -> _WarmStart:
     """The first minibatches of SGD[1], run once for all curves of a seed."""
     told = (curve.task, curve.clock.warm_steps, curve.warm_rate, curve.seed)
     file = folder / f"warm-{figure_curves.key(*told)}.npz"
-    with _WARMING:
+    with _lock(file.name):
         if not file.exists():
             warm = _warm_up(curve)
             leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(warm)]
@@ -184,13 +192,11 @@ def _sum_squares() -> optax.GradientTransformation:
 def _downpour(curve: Curve, folder: pathlib.Path) -> Result:
     """Downpour on the cluster, from the warm start on."""
     clock, warm = curve.clock, _warm_start(curve, folder)
-    with _SIMULATING:
+    with _lock("order"):  # it holds the interpreter, two would not be faster
         trace = _order(clock, curve.replicas, curve.n_push, curve.hours)
-    optimizer = optax.sgd(curve.rate)
+    optimizer = _at_rate(curve.rate)
     if curve.kind == "adagrad":
-        optimizer = optax.chain(
-            _adagrad_from(warm.squares), optax.scale_by_learning_rate(curve.rate)
-        )
+        optimizer = optax.chain(_adagrad_from(warm.squares), optimizer)
     watch = _Watch(curve, lambda time: clock.warm_hours + clock.hours(time))
     watch.look(warm.params, 0, clock.warm_hours)
     _replay(curve, trace, warm.params, optimizer, watch)
@@ -198,20 +204,31 @@ def _downpour(curve: Curve, folder: pathlib.Path) -> Result:
     return watch.result(float(staleness[staleness >= 0].mean()))
 
 
-_SIMULATING = threading.Lock()
-
-
 @functools.lru_cache(2)
 def _order(clock: Clock, replicas: int, n_push: int, hours: float) -> dbjax.Trace:
     """Simulate Downpour until an hour."""
     machines = clock.machines
     seconds = (hours - clock.warm_hours) * 3600 / clock.compression
-    steps = math.ceil(1.01 * seconds / machines.update(replicas, n_push))
+    steps = math.ceil(1.1 * seconds / machines.update(replicas, n_push))
     return dbjax.simulate(
         machines.downpour(replicas), replicas=replicas, steps=max(steps, replicas),
         n_fetch=n_push, n_push=n_push, overlap=machines.assumed.overlap,
         parameter_bytes=machines.parameter_bytes,
     )  # fmt: skip
+
+
+def _at_rate(rate: float) -> optax.GradientTransformation:
+    """A fixed rate, held by the state: all rates are one program, compiled once."""
+
+    def init(params: Params) -> jax.Array:
+        del params
+        return jnp.float32(rate)
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        del params
+        return jax.tree.map(lambda u: -state * u, updates), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def _adagrad_from(squares: Params) -> optax.GradientTransformation:
@@ -261,33 +278,61 @@ def _first_params(curve: Curve) -> Params:
 
 
 def _lbfgs(curve: Curve, folder: pathlib.Path) -> Result:
-    """L-BFGS from the warm start on."""
-    clock, warm = curve.clock, _warm_start(curve, folder)
-    seconds = evaluation_seconds(curve)
+    """L-BFGS from the warm start on: the same evaluations, however many replicas."""
+    clock, each = curve.clock, curve.clock.hours(evaluation_seconds(curve))
+    span = min(curve.hours, curve.deadline) - clock.warm_hours
+    limit = max(HOLD, math.floor(span / each))
+    told = (curve.task, clock.warm_steps, curve.warm_rate, curve.seed)
+    told += (curve.examples, curve.memory, curve.target, curve.final)
+    file = folder / f"batch-{figure_curves.key(*told)}.npz"
+    with _lock(file.name):
+        arrays = figure_curves.load(file)
+        if arrays is None or int(arrays["limit"]) < limit:
+            result, limit_there = _minimize(curve, folder, limit)
+            arrays = figure_curves.to_arrays(curve, result) | {"limit": limit_there}
+            figure_curves.save(file, arrays)
+    result = figure_curves.to_result(arrays)
+    seen = result.steps <= limit
+    steps, validation, training, test = (column[seen] for column in result[1:5])
+    hours = clock.warm_hours + each * steps
+    return Result(hours, steps, validation, training, test)
+
+
+def _minimize(curve: Curve, folder: pathlib.Path, limit: int) -> tuple[Result, int]:
+    """Evaluate the batch so often; give the result, and what limits it would serve."""
+    warm = _warm_start(curve, folder)
     training = figure_task.make(curve.task).training
     batch = {name: x[: curve.examples] for name, x in training._asdict().items()}
     data = dbjax.from_arrays(
         batch, curve.task.batch, portion_size=min(_PORTION, curve.examples)
     )
 
-    def hours(time: float) -> float:
+    def evaluations(time: float) -> float:
         # On the emulated clock of one replica a portion takes a second.
-        return clock.warm_hours + clock.hours(time / data.num_portions * seconds)
+        return round(time / data.num_portions)
 
-    span = min(curve.hours, curve.deadline) - clock.warm_hours
-    watch = _Watch(curve, hours)
-    watch.look(warm.params, 0, clock.warm_hours)
+    due = np.unique(np.geomspace(1, 100 * limit, 60 + 20 * curve.points).round())
+    watch = _Watch(curve, evaluations, due=due[due <= limit], deadline=limit)
+    watch.look(warm.params, 0, 0.0)
     try:
         sandblaster.minimize(
             figure_task.loss_of(curve.task), warm.params, data, tolerance=0.0,
             method=sandblaster.LBFGS(memory_size=curve.memory), strategy="static",
-            iterations=max(1, math.ceil(span / clock.hours(seconds))),
-            eval_fn=watch, eval_every=1, seed=curve.seed,
+            iterations=limit, eval_fn=watch, eval_every=1, seed=curve.seed,
             runtime=dbjax.Emulated(dbjax.Cluster(step_time=1.0)),
         )  # fmt: skip
     except _Stop:
-        pass
-    return watch.result()
+        if watch.reached:
+            limit = 1 << 62  # a longer run would be this one
+    result = watch.result()
+    return result._replace(steps=result.hours), limit
+
+
+_LOCKS: dict[str, threading.Lock] = {}
+
+
+def _lock(name: str) -> threading.Lock:
+    return _LOCKS.setdefault(name, threading.Lock())
 
 
 def evaluation_seconds(curve: Curve) -> float:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
+import jax
 import numpy as np
 import rich.console
 import rich.progress
@@ -79,54 +80,66 @@ class Study:
       task: what is trained.
       steps: minibatches of SGD[1], at most, that make 120 hours.
       seeds: curves of each method.
+      rate: a guess at that of SGD[1]: the middle of its grid.
       trials: of each method and count of replicas.
       horizon: hours that trials may last; those of a replica alone see all 120.
       hours: where figure 4's curves of "downpour", "adagrad" and "lbfgs" end.
       points: evaluations of a curve.
+      reach: hours in which figure 5's curves have to reach the target.
       clusters: plausible ones, by which orderings are checked.
     """
 
     task: Task = Task()
-    steps: int = 128_000
+    steps: int = 96_000
+    rate: float = 0.032
     seeds: int = 5
     trials: int = 8
     horizon: float = 60.0
-    hours: float = 120.0
+    hours: float = 90.0
     points: int = 48
+    reach: float = 80.0
     clusters: int = 100
 
 
 SMOKE_STUDY = Study(
-    SMOKE, steps=2_000, seeds=2, trials=2, horizon=40.0, hours=60.0, points=24,
-    clusters=5,
+    SMOKE, steps=2_000, rate=0.4, seeds=2, trials=3, horizon=40.0, hours=60.0,
+    points=24, clusters=5,
 )  # fmt: skip
 
 
-def _grid(low: int, high: int) -> tuple[float, ...]:
-    """Powers of two, times a thousandth."""
-    return tuple(1e-3 * 2.0**k for k in range(low, high))
+def _grid(middle: float, low: int, high: int) -> tuple[float, ...]:
+    """The middle times powers of two."""
+    return tuple(middle * 2.0**k for k in range(low, high + 1))
 
 
-SGD_RATES = _grid(1, 11)
-AXES: dict[str, dict[str, Sequence[Any]]] = {
-    "sgd": {"rate": SGD_RATES},
-    "downpour": {"rate": _grid(-6, 11), "n_push": (1, 2, 4, 8)},
-    "adagrad": {"rate": _grid(-6, 11), "n_push": (1, 2, 4, 8)},
-    "lbfgs": {
-        "examples": (6_250, 12_500, 25_000, 50_000, 100_000, 200_000, 400_000),
-        "memory": (5, 10, 20, 40),
-    },
-}
-
-
-def start_of(method: Method) -> dict[str, Any]:
-    """Where the search begins: a guess."""
+def axes_of(method: Method, study: Study, rate: float) -> dict[str, Sequence[Any]]:
+    """What is searched over, in steps of two; `rate` is that of SGD[1]."""
     if method.kind == "lbfgs":
-        return {"examples": 50_000, "memory": 10}
-    many = method.replicas > 20
-    guesses = {"sgd": 4, "downpour": 2 if many else 4, "adagrad": 4}
-    start = {"rate": 1e-3 * 2.0 ** guesses[method.kind]}
-    return start if method.kind == "sgd" else start | {"n_push": 1}
+        return {"examples": _batches(study.task), "memory": (5, 10, 20, 40)}
+    rates = _grid(rate, -12, 12)
+    if method.kind == "sgd":
+        return {"rate": rates}
+    return {"rate": rates, "n_push": (1, 2, 4, 8)}
+
+
+def _batches(task: Task) -> list[int]:
+    sizes = [6_250 * 2**k for k in range(8)]
+    return [n for n in sizes if n <= task.training] or [task.training]
+
+
+def start_of(method: Method, study: Study, rate: float) -> dict[str, Any]:
+    """Where a search begins: a guess; `rate` is that of SGD[1]."""
+    if method.kind == "lbfgs":
+        sizes = _batches(study.task)
+        return {
+            "examples": max(n for n in sizes if n <= max(100_000, sizes[0])),
+            "memory": 10,
+        }
+    if method.kind == "sgd":
+        return {"rate": rate}
+    few = method.replicas <= 20
+    guess = {"downpour": 1.0 if few else 0.25, "adagrad": 2.0}[method.kind]
+    return {"rate": guess * rate, "n_push": 1}
 
 
 class Paper(NamedTuple):
@@ -183,6 +196,9 @@ class Lab:
         self, study: Study, folder: pathlib.Path, console: rich.console.Console
     ) -> None:
         self.study, self.folder = study, folder
+        # Most programs differ in nothing but numbers: compile each once.
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
             rich.progress.BarColumn(),
@@ -216,7 +232,8 @@ def calibrate(lab: Lab, assumed: Assumed = Assumed()) -> Calibrated:  # noqa: B0
     """Tune SGD[1], and let it fix the clock and the target."""
     study, paper = lab.study, read().test[SGD.name]
     clock = clock_for(study.steps, assumed)
-    rates = SGD_RATES[-study.trials :]
+    below = study.trials // 2
+    rates = _grid(study.rate, -below, study.trials - 1 - below)
     curves = [
         Curve(study.task, clock, "sgd", rate=rate, seed=TUNING_SEED, points=64)
         for rate in rates
@@ -296,12 +313,9 @@ def tune(lab: Lab, found: Calibrated, method: Method) -> Tuned:
         )
         return score_of(lab.run(curve), found.target)
 
-    axes = AXES[method.kind]
-    if method.kind == "lbfgs":
-        axes = axes | {
-            "examples": [n for n in axes["examples"] if n <= study.task.training]
-        }
-    return search(score, axes, start_of(method), study.trials)
+    rate = found.sgd.best["rate"]
+    axes, start = axes_of(method, study, rate), start_of(method, study, rate)
+    return search(score, axes, start, study.trials, limits=("n_push",))
 
 
 def score_of(result: Result, target: float) -> Score:

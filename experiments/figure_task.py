@@ -48,11 +48,11 @@ class Task:
 
     states: int = 256
     sounds: int = 16
-    bands: int = 48
-    channel: float = 5.0
-    noise: float = 0.6
-    hidden: tuple[int, ...] = (64, 64, 64, 64)
-    batch: int = 16
+    bands: int = 32
+    channel: float = 2.0
+    noise: float = 1.2
+    hidden: tuple[int, ...] = (48, 48, 48, 32)
+    batch: int = 2
     training: int = 1_000_000
     validation: int = 10_000
     test: int = 50_000
@@ -65,7 +65,7 @@ class Task:
 
 
 SMOKE = Task(
-    states=64, sounds=4, bands=24, hidden=(32, 32), batch=8,
+    states=64, sounds=4, bands=24, hidden=(32, 32), batch=4,
     training=50_000, validation=2_000, test=5_000,
 )  # fmt: skip
 

@@ -41,6 +41,7 @@ def search(
     axes: Mapping[str, Sequence[Any]],
     start: Setting,
     trials: int,
+    limits: Sequence[str] = (),
 ) -> Tuned:
     """Search a grid.
 
@@ -50,6 +51,7 @@ def search(
       axes: name to values, in order. Along the first the search goes first.
       start: a setting on the grid.
       trials: how many settings to try, or all if there are fewer.
+      limits: names of axes whose first value is as low as can be: no flag for it.
 
     Returns:
       What was found.
@@ -75,7 +77,7 @@ def search(
         todo = _next(seen, axes)
     best = min(seen, key=lambda place: seen[place])
     made = [Trial(setting_at(place), value) for place, value in seen.items()]
-    return Tuned(setting_at(best), made, _edges(best, seen, axes))
+    return Tuned(setting_at(best), made, _edges(best, seen, axes, limits))
 
 
 def _index(name: str, values: Sequence[Any], start: Setting) -> int:
@@ -105,13 +107,17 @@ def _neighbours(place: Place, axes: Mapping[str, Sequence[Any]]) -> Iterator[Pla
 
 
 def _edges(
-    best: Place, seen: Mapping[Place, Score], axes: Mapping[str, Sequence[Any]]
+    best: Place,
+    seen: Mapping[Place, Score],
+    axes: Mapping[str, Sequence[Any]],
+    limits: Sequence[str],
 ) -> list[str]:
     edges = []
     for axis, (name, values) in enumerate(axes.items()):
-        beside = [(*best[:axis], best[axis] + d, *best[axis + 1 :]) for d in (1, -1)]
-        if len(values) > 1 and best[axis] in (0, len(values) - 1):
+        beside = [best[axis] + 1]
+        beside += [best[axis] - 1] if best[axis] or name not in limits else []
+        if not all(0 <= index < len(values) for index in beside):
             edges.append(f"{name} at the end of its grid")
-        elif len(values) > 1 and not all(place in seen for place in beside):
+        elif any((*best[:axis], i, *best[axis + 1 :]) not in seen for i in beside):
             edges.append(f"{name} not bracketed")
     return edges

@@ -76,7 +76,7 @@ _THIN: dict[str, Any] = {"color": "#595959", "linewidth": 1.0, "zorder": 1}
 
 
 def _band(
-    panel: axes.Axes, each: Sequence[Result], split: str, look: Mapping[str, Any]
+    panel: axes.Axes, each: Sequence[Result], split: str, look: dict[str, Any]
 ) -> None:
     """Draw the mean over seeds, and from the lowest to the highest."""
     end = min(float(result.hours[-1]) for result in each)
@@ -85,7 +85,7 @@ def _band(
     lines_ = np.array([np.interp(x, r.hours, getattr(r, split)) for r in each])
     low, high = 100 * lines_.min(0), 100 * lines_.max(0)
     panel.fill_between(x, low, high, color=look["color"], alpha=0.25, linewidth=0)
-    panel.plot(x, 100 * lines_.mean(0), **{"linewidth": 1.8, **look})
+    panel.plot(x, 100 * lines_.mean(0), linewidth=1.8, **look)
 
 
 def _handles(seeds: int) -> list[Any]:
