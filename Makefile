@@ -1,6 +1,7 @@
 # Every target works alone on a machine that has only make and Python 3.11 or newer.
 #   make train   the first experiment, into runs/digits
 #   make test    all tests, the docstrings' examples and the README's
+#   make notebooks  colab/*.ipynb from their sources; run, they lie in runs/notebooks
 # PYTHON=python3.12 chooses the interpreter, EXTRAS=experiments,test the extras.
 
 # The first one on the path that is new enough and can make virtual environments.
@@ -13,7 +14,7 @@ BIN := .venv/bin
 comma := ,
 STAMP := .venv/installed-$(subst $(comma),-,$(EXTRAS))
 
-.PHONY: venv train test docs bench lint types
+.PHONY: venv train test docs notebooks bench lint types
 
 venv: $(STAMP)
 
@@ -38,6 +39,11 @@ test: venv
 
 docs: venv
 	$(BIN)/python -m pytest dbjax tests/readme_test.py
+
+notebooks: venv
+	$(BIN)/jupytext --quiet --to ipynb --update colab/*.py
+	mkdir -p runs/notebooks
+	$(BIN)/jupyter-execute --output='../runs/notebooks/{notebook_name}' colab/*.ipynb
 
 bench:
 	$(MAKE) venv EXTRAS=$(EXTRAS),bench
