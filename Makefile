@@ -1,6 +1,8 @@
 # Every target works alone on a machine that has only make and Python 3.11 or newer.
 #   make train   the first experiment, into runs/digits
 #   make test    all tests, the docstrings' examples and the README's
+#   make figures the paper's figures 3, 4 and 5 and ours, into figures; figures-smoke
+#                is a minute's worth of them, into runs/figures-smoke
 #   make notebooks  colab/*.ipynb from their sources; run, they lie in runs/notebooks
 # PYTHON=python3.12 chooses the interpreter, EXTRAS=experiments,test the extras.
 
@@ -14,7 +16,7 @@ BIN := .venv/bin
 comma := ,
 STAMP := .venv/installed-$(subst $(comma),-,$(EXTRAS))
 
-.PHONY: venv train test docs notebooks bench lint types
+.PHONY: venv train test docs notebooks bench figures figures-smoke lint types
 
 venv: $(STAMP)
 
@@ -50,6 +52,16 @@ bench:
 	$(BIN)/python -m experiments.bench_downpour
 	$(BIN)/python -m experiments.bench_lbfgs
 	$(BIN)/python -m experiments.bench_partitions
+
+figures: venv
+	$(BIN)/python -m experiments.figure3 --out=figures
+	$(BIN)/python -m experiments.figure4 --out=figures
+	$(BIN)/python -m experiments.figure5 --out=figures
+
+figures-smoke: venv
+	$(BIN)/python -m experiments.figure3 --out=runs/figures-smoke --smoke
+	$(BIN)/python -m experiments.figure4 --out=runs/figures-smoke --smoke
+	$(BIN)/python -m experiments.figure5 --out=runs/figures-smoke --smoke
 
 lint: venv
 	$(BIN)/ruff check

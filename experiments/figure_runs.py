@@ -204,7 +204,7 @@ def _downpour(curve: Curve, folder: pathlib.Path) -> Result:
     return watch.result(float(staleness[staleness >= 0].mean()))
 
 
-@functools.lru_cache(2)
+@functools.lru_cache(4)
 def _order(clock: Clock, replicas: int, n_push: int, hours: float) -> dbjax.Trace:
     """Simulate Downpour until an hour."""
     machines = clock.machines

@@ -90,7 +90,7 @@ class Study:
     """
 
     task: Task = Task()
-    steps: int = 96_000
+    steps: int = 64_000
     rate: float = 0.032
     seeds: int = 5
     trials: int = 8
@@ -98,7 +98,7 @@ class Study:
     hours: float = 90.0
     points: int = 48
     reach: float = 80.0
-    clusters: int = 100
+    clusters: int = 60
 
 
 SMOKE_STUDY = Study(
@@ -130,11 +130,7 @@ def _batches(task: Task) -> list[int]:
 def start_of(method: Method, study: Study, rate: float) -> dict[str, Any]:
     """Where a search begins: a guess; `rate` is that of SGD[1]."""
     if method.kind == "lbfgs":
-        sizes = _batches(study.task)
-        return {
-            "examples": max(n for n in sizes if n <= max(100_000, sizes[0])),
-            "memory": 10,
-        }
+        return {"examples": _batches(study.task)[:5][-1], "memory": 10}
     if method.kind == "sgd":
         return {"rate": rate}
     few = method.replicas <= 20
