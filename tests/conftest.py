@@ -1,7 +1,9 @@
 import os
 import re
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # Both are read at the first use of a device, so they must stand before any test's.
 # XLA's pool of CPU threads takes its size from NPROC; a small pool can deadlock where
@@ -34,6 +36,28 @@ def pytest_xdist_make_scheduler(config, log):
             return "ray" if ON_RAY.search(nodeid) else super()._split_scope(nodeid)
 
     return Files(config, log)
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory):
+    """A folder of this process's own: entries are not written at one stroke."""
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return str(tmp_path_factory.mktemp("programs"))
+
+
+@pytest.fixture(autouse=True)
+def kept_programs(request, programs):
+    """What is compiled is kept on disk, and an equal program is not compiled again.
+
+    Each run makes its functions anew: within a process nothing else says that two of
+    them are the same. Not on Ray: its processes take the folder over, and are to come
+    to the driver's bits by a program that each has compiled for itself.
+    """
+    folder = None if request.node.get_closest_marker("ray") else programs
+    if jax.config.jax_compilation_cache_dir != folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        compilation_cache.reset_cache()  # it reads the settings at its first use only
 
 
 @pytest.fixture(scope="session")
