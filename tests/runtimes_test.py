@@ -25,7 +25,7 @@ RUNTIMES = {
     "threads, jitter": dbjax.Threads(digest_every=1, jitter=3e-4, seed=1),
     "processes, pretended": Pretend(digest_every=1, standby=1),
 }
-RAY = pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.xdist_group("ray")])
+RAY = pytest.param("ray", marks=pytest.mark.ray)
 
 
 @pytest.fixture(params=[*RUNTIMES, RAY])

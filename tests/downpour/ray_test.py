@@ -25,7 +25,7 @@ from dbjax.trace import COMPUTE, FAIL, NOT_FINITE, RESTART
 from tests import many_devices, problems
 from tests.problems import train
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.ray
 ROOT = pathlib.Path(__file__).parents[2]
 
 

@@ -22,7 +22,6 @@ PLACES = {
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.xdist_group("ray")
 def test_two_small_runs_survive():
     pytest.importorskip("ray")
     script = [sys.executable, "-m", "experiments.chaos_ray", "--runs=2", "--kills=1"]

@@ -126,7 +126,6 @@ def test_a_resumed_run_replaces_what_was_said_of_it(tmp_path):
 
 
 @pytest.mark.ray
-@pytest.mark.xdist_group("ray")
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_config_runs_on_ray(tmp_path):
     outcomes = train.train_and_evaluate(small(), tmp_path, console=quiet())

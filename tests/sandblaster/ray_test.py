@@ -25,7 +25,7 @@ from tests.problems import alarm
 from tests.sandblaster import problems
 from tests.sandblaster.problems import CONSTRAINED, SQUARES, Wrapped, assert_close
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.ray
 
 within_time = pytest.fixture(autouse=True)(alarm)
 
