@@ -103,7 +103,7 @@ class Study:
 
 SMOKE_STUDY = Study(
     SMOKE, steps=2_000, rate=0.4, seeds=2, trials=3, horizon=40.0, hours=60.0,
-    points=24, clusters=5,
+    reach=60.0, points=24, clusters=5,
 )  # fmt: skip
 
 
@@ -344,7 +344,8 @@ def curves(
         method, seed = which
         curve = curve_of(study, found, method, tuned[method].best, seed)
         hours = HOURS if method.kind == "sgd" else study.hours
-        return lab.run(dataclasses.replace(curve, hours=hours, final=True, **changes))
+        changed: dict[str, Any] = {"hours": hours, "final": True} | changes
+        return lab.run(dataclasses.replace(curve, **changed))
 
     results = lab.spread("curves", one, wanted)
     return {

@@ -20,7 +20,7 @@ LOOKS: dict[str, dict[str, Any]] = {
     "downpour": {"color": plots.COLOURS[5], "marker": "s"},
     "adagrad": {"color": plots.COLOURS[1], "marker": "o"},
     "lbfgs": {"color": plots.COLOURS[2], "marker": "^"},
-    "sgd": {"color": "#8c8c8c", "marker": "D"},
+    "sgd": {"color": "#8c8c8c", "linestyle": (0, (1, 1))},
 }
 _NAMES = {
     "downpour": "Downpour",
@@ -69,7 +69,7 @@ def draw(
                 panel.set_xlabel(unit)
         panels[row, 0].set_ylabel("hours, warm start included")
     for panel in panels.flat:
-        panel.xaxis.set_major_formatter(plots.plain())
+        plots.tick_logarithmic(panel.xaxis)
     handles: list[Any] = [
         lines.Line2D([], [], **look, label=_NAMES[kind]) for kind, look in LOOKS.items()
     ]
@@ -103,11 +103,12 @@ def _curve(
     there = np.isfinite(middle) & (middle <= reach)
     if kind == "sgd":
         if len(middle) and there.all():
-            line = {"color": look["color"], "linestyle": (0, (1, 1))}
-            panel.axhline(float(middle[0]), **line)
+            panel.axhline(float(middle[0]), **look)
         return
     panel.plot(x[there], middle[there], **look)
-    panel.plot(x[~there], np.full((~there).sum(), reach), "x", color=look["color"])
+    # Those of several methods lie beside one another.
+    top = reach - 2.5 * list(LOOKS).index(kind)
+    panel.plot(x[~there], np.full((~there).sum(), top), "x", color=look["color"])
     if hours.shape[1] == 3:
         low, high = (np.minimum(edge, reach) for edge in hours.T[1:])
         panel.vlines(x, low, high, color=look["color"], linewidth=1.2)
