@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PLAIN_CODE = "--xla_backend_optimization_level=0"
 
 
-def run(script: pathlib.Path, **environment: str) -> list[str]:
+def run(script: pathlib.Path, *args: str, **environment: str) -> list[str]:
     """Give the lines it printed; it must end well, and without a warning."""
     settings = {
         **os.environ,
@@ -27,7 +27,7 @@ def run(script: pathlib.Path, **environment: str) -> list[str]:
     with tempfile.TemporaryDirectory() as programs:
         settings["JAX_COMPILATION_CACHE_DIR"] = programs
         done = subprocess.run(
-            [sys.executable, "-W", "error", str(script)],
+            [sys.executable, "-W", "error", str(script), *args],
             capture_output=True,
             text=True,
             env=settings | environment,

@@ -137,12 +137,13 @@ class RayCrew(RemoteCrew):
             "deaths": {"replicas": self.deaths, "shards": shards.deaths},
             "promotions": shards.promotions,
             "gaps": self.gaps,
+            "replica_processes": self.terms.processes,
         }
 
     def peak_copies(self) -> int:
         """An estimate of the most parameter copies held at once, by all processes."""
         each = 2 + 2 * (len(self.shards) > 1)
-        return 2 + len(self.batches) * each
+        return 2 + len(self.batches) * self.terms.processes * each
 
 
 @contextlib.contextmanager
@@ -156,6 +157,12 @@ def ray_crew(
 ) -> Iterator[RayCrew]:
     """Gather processes on Ray, for as long as they are needed."""
     a, timeout = arguments, runtime.timeout
+    devices = 1 if problem.placement is None else problem.placement.mesh(0).size
+    if devices % runtime.replica_processes:
+        raise ValueError(
+            f"replica_processes={runtime.replica_processes} must divide the devices of "
+            f"a replica: it has {devices}, as mesh= says"
+        )
     bare = a._replace(eval_fn=None, checkpoint_dir=None)
     with runtime.session() as session:
         session.check_room(a.replicas, a.shards * (1 + runtime.standby))
@@ -188,7 +195,8 @@ def ray_crew(
         terms = Terms(
             make_replica=replica_maker,
             make_shard=shard_maker,
-            devices=1 if problem.placement is None else problem.placement.mesh(0).size,
+            devices=devices,
+            processes=runtime.replica_processes,
             standby=bool(runtime.standby),
             snapshot_every=max(1, a.steps // 10) if every is None else every,
             timeout=timeout,

@@ -57,7 +57,7 @@ class ReplicaHands:
 
     def push(self, id_: int, step: int) -> list[Push]:
         """Give the accrued gradients away, a message a shard, and zero them."""
-        parts = self.problem.split(self.accrued)
+        parts = self.problem.split(self.problem.here(self.accrued, self.replica))
         messages = [
             Push(
                 replica=self.replica,
@@ -88,3 +88,9 @@ class ReplicaHands:
     def count(self) -> int:
         """How many gradients are accrued."""
         return self.accrued_count
+
+    def local(self) -> list[Any] | None:
+        """Leaves of the local optimizer's state, whole; None if there is none."""
+        if self.local_state is None:
+            return None
+        return jax.tree.leaves(self.problem.here(self.local_state, self.replica))

@@ -6,23 +6,29 @@ functions of it. A process that is kept for the next run makes an equal kit's on
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from dbjax import mesh as mesh_lib
 from dbjax.downpour.arguments import Arguments
 from dbjax.downpour.hands import ReplicaHands
+from dbjax.downpour.limbs import GroupHands
 from dbjax.downpour.problem import Problem, assemble, digest
 from dbjax.downpour.program import make_program
 from dbjax.downpour.protocol import Protocol
+from dbjax.runtime.group import Follower, Group
 from dbjax.runtime.parcels import to_wire
 from dbjax.runtime.replica_host import ReplicaHost
 from dbjax.runtime.shard_host import ShardHost
 from dbjax.runtime.transport import Address, Shared
 from dbjax.server.layout import Layout
 from dbjax.server.placement import Placement
+from dbjax.server.shard import Shard
+from dbjax.server.shard import make_shard as make_functions
 from dbjax.typing import Batch
 
 
@@ -85,8 +91,12 @@ def make_replica(
     batch: int,
     next_id: int,
     zero: float,
-) -> ReplicaHost:
-    """Make a replica, in its process; see `ReplicaHost` for the arguments."""
+    group: Group | None = None,
+) -> ReplicaHost | Follower:
+    """Make a replica, in its process; see `ReplicaHost` for the arguments.
+
+    Where it spans several, `group` is given to the first, and all others follow.
+    """
     problem = dataclasses.replace(_problem(kit), data=data.get())
     if hasattr(problem.data, "start"):
         problem.data.start(arguments.replicas)
@@ -98,10 +108,13 @@ def make_replica(
         shapes = jax.eval_shape(problem.local_init, packed.params)
         leaves, treedef = jax.tree.flatten(shapes)
         pairs = zip(leaves, start.local, strict=True)
-        arrays = [jax.numpy.array(saved, like.dtype) for like, saved in pairs]
+        arrays = [np.asarray(saved, like.dtype) for like, saved in pairs]
         hands.local_state = treedef.unflatten(arrays)
+    if jax.process_index():
+        return Follower(hands)
     return ReplicaHost(
-        make_program(arguments), hands, replica, life, shards, problem.layout.nbytes,
+        make_program(arguments), hands if group is None else GroupHands(hands, group),
+        replica, life, shards, problem.layout.nbytes,
         not arguments.protocol.free_running, batch, next_id, zero, timeout, state_of,
     )  # fmt: skip
 
@@ -122,14 +135,14 @@ def make_shard(
         return protocol.free_running or protocol.takes(clocks, replica, staleness)
 
     return ShardHost(
-        shard, _problem(kit).shard, held.get(), takes, digest, digest_every, zero,
+        shard, _functions(kit), held.get(), takes, digest, digest_every, zero,
         share, timeout,
     )  # fmt: skip
 
 
 def state_of(hands: Any, batch: int) -> Start:
     """What of a replica belongs into a checkpoint; `batch`: its next minibatch."""
-    local = None if hands.local_state is None else jax.tree.leaves(hands.local_state)
+    local = hands.local()
     after = getattr(hands.problem.data, "state_after", None)
     if after is None:
         return Start(to_wire(local))
@@ -144,8 +157,24 @@ def _problem(kit: Shared) -> Problem:
     if packed.mesh is None:
         layout = Layout.of(params, shards, split)
     else:
-        mesh, rules = mesh_lib.make_mesh(None, **packed.mesh), packed.recipe["rules"]
+        devices = _of_each_process(math.prod(packed.mesh.values()))
+        mesh, rules = mesh_lib.make_mesh(devices, **packed.mesh), packed.recipe["rules"]
         placement = Placement.of(params, shards, mesh, rules, split)
         layout = placement.layout
     spec = (jax.tree.structure(packed.batch), *packed.leaves)
     return assemble(None, None, layout, placement, spec, **packed.recipe)
+
+
+@functools.lru_cache(maxsize=4)
+def _functions(kit: Shared) -> Shard:
+    """What a shard needs of a problem: not the replicas' devices."""
+    recipe = kit.get().recipe
+    return make_functions(recipe["optimizer"], recipe["provide"])
+
+
+def _of_each_process(count: int) -> list[jax.Device]:
+    """So many devices, the first ones of each process of this world."""
+    processes = range(jax.process_count())
+    each = count // len(processes)
+    there = ([d for d in jax.devices() if d.process_index == p] for p in processes)
+    return [device for devices in there for device in devices[:each]]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dbjax.loss import (
     GradientFn,
@@ -89,10 +89,27 @@ class Problem:
         if self.placement is None:
             return self.gradient(params, batch, replica, index)
         where = batch_sharding(batch, self.placement.mesh(on), self.rules)
-        batch = jax.tree.map(jax.device_put, batch, where)
+        put = _put_part if self.placement.spans_processes else jax.device_put
+        batch = jax.tree.map(put, batch, where)
         gradients = self.call(on, self.gradient, params, batch, replica, index)
         # By itself: within the other program XLA may compute large gradients twice.
         return gradients, self.call(on, self.finite, gradients)
+
+    def here(self, tree: Any, on: int) -> Any:
+        """What lies on the devices of replica `on`, within reach of this process.
+
+        If they are of several processes, each of these must ask for it.
+        """
+        if self.placement is None or not self.placement.spans_processes:
+            return tree
+        whole = self.call(on, self._gather, tree)
+        return jax.tree.map(lambda x: x.addressable_data(0), whole)
+
+    @functools.cached_property
+    def _gather(self) -> Callable[[Any], Any]:
+        assert self.placement is not None
+        everywhere = NamedSharding(self.placement.mesh(0), PartitionSpec())
+        return jax.jit(lambda tree: tree, out_shardings=everywhere)
 
     def fetch(self, parts: tuple[Params, ...], on: int = 0) -> Params:
         """Put the shards' published parameters together, for replica `on`."""
@@ -283,6 +300,12 @@ def assemble(
         placement=placement,
         rules=recipe["rules"],
     )
+
+
+def _put_part(leaf: Any, where: NamedSharding) -> jax.Array:
+    """Place what all processes have: each puts its part on its own devices."""
+    leaf = np.asarray(leaf)
+    return jax.make_array_from_callback(leaf.shape, where, lambda part: leaf[part])
 
 
 def _is_function(params: Any) -> bool:

@@ -8,6 +8,7 @@ import io
 import math
 import os
 import pickle
+import socket
 import sys
 import threading
 import warnings
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from dbjax.runtime.group import Group, World
 from dbjax.runtime.lanes import cores
 from dbjax.runtime.remote import Progress
 from dbjax.runtime.shared_memory import Memory, Packed, Place, Shown
@@ -35,6 +37,11 @@ _CONFIG = (
     "jax_persistent_cache_min_entry_size_bytes",
 )
 """What a process takes over from the one that starts it, so that both compute alike."""
+_GROUPED = {
+    "jax_cpu_collectives_implementation": "gloo",
+    "jax_enable_preemption_service": False,  # we end processes ourselves
+}
+_LEAST = {"digest_every": 0, "snapshot_every": 1, "replica_processes": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +64,12 @@ class Ray:
         minibatches are finished, at most the run's `replicas`: they join and leave.
       watch: called with a `Progress` every `watch_every` seconds, in another thread.
       watch_every: seconds.
-      replica_cpus: CPUs that Ray sets aside for each replica; on a cluster of our own
-        none, else 1.
+      replica_processes: over how many processes, perhaps on several machines, the
+        devices of a replica are spread evenly; `mesh=` says how many these are.
+      replica_cpus: CPUs that Ray sets aside for each replica's process; on a cluster of
+        our own none, else 1.
       shard_cpus: the same for each shard.
-      replica_gpus: GPUs for each replica.
+      replica_gpus: GPUs for each replica's process.
       runtime_env: Ray's, say `{"working_dir": "."}` to send your own modules along.
       timeout: seconds until a process that does not answer is an error.
 
@@ -75,6 +84,7 @@ class Ray:
     replicas_at: Callable[[int], int] | None = None
     watch: Callable[[Progress], None] | None = None
     watch_every: float = 1.0
+    replica_processes: int = 1
     replica_cpus: float | None = None
     shard_cpus: float | None = None
     replica_gpus: float = 0.0
@@ -91,9 +101,11 @@ class Ray:
             )
         if self.standby not in (0, 1):
             raise ValueError(f"standby must be 0 or 1, got {self.standby!r}")
-        for name in ("digest_every", "snapshot_every"):
-            value, least = getattr(self, name), int(name == "snapshot_every")
-            if value is not None and not (isinstance(value, int) and value >= least):
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if (name, value) == ("snapshot_every", None):
+                continue
+            if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value!r}")
         for name in ("replica_cpus", "shard_cpus", "replica_gpus"):
             value = getattr(self, name)
@@ -152,6 +164,7 @@ class Session:
             )
         self._idle: dict[Any, list[_Address]] = {}
         self._keys: dict[_Address, Any] = {}
+        self._followers: dict[_Address, list[_Address]] = {}
 
     def close(self) -> None:
         """End the processes that are left, and what was started for this session."""
@@ -170,7 +183,8 @@ class Session:
         """
         have = _ray().cluster_resources()
         wanted = {"CPU": 0.0, "GPU": 0.0}
-        for kind, count in (("replica", replicas), ("shard", shards)):
+        processes = replicas * self.settings.replica_processes
+        for kind, count in (("replica", processes), ("shard", shards)):
             cpus, gpus = self._needs(kind)
             wanted["CPU"] += count * cpus
             wanted["GPU"] += count * gpus
@@ -200,8 +214,11 @@ class Session:
         kind: str = "replica",
         devices: int = 1,
         away_from: Any = None,
+        processes: int = 1,
     ) -> tuple["_Address", Reply]:
         """See `Transport.host`."""
+        if processes > 1:
+            return self._host_group(name, make, kind, devices // processes, processes)
         key = kind, devices, _config(devices)
         idle = self._idle.get(key, []) if away_from is None else []
         address = None
@@ -217,21 +234,37 @@ class Session:
 
     def end(self, address: "_Address") -> None:
         """See `Transport.end`; the process is kept for the next one."""
-        key = self._keys.pop(address, None)
-        if key is None:
+        if address not in self._keys:
             return
-        if not self.settings._kept:
-            self._keys[address] = key
+        # Those of a group cannot leave the world they are in.
+        if not self.settings._kept or address in self._followers:
             self.kill(address)
             return
         address.ask("rest", lane=SIDE)
-        self._idle.setdefault(key, []).append(address)
+        self._idle.setdefault(self._keys.pop(address), []).append(address)
 
     def kill(self, address: "_Address") -> None:
         """See `Transport.kill`."""
         self._keys.pop(address, None)
-        with contextlib.suppress(Exception):
-            _ray().kill(address.handle)
+        # The leader last: followers that miss it first would fail with much noise.
+        for one in (*self._followers.pop(address, ()), address):
+            with contextlib.suppress(Exception):
+                _ray().kill(one.handle)
+
+    def _host_group(
+        self, name: str, make: Any, kind: str, devices: int, processes: int
+    ) -> tuple["_Address", Reply]:
+        """Start a leader and its followers, each with so many devices."""
+        names = [name, *(f"{name}, process {i}" for i in range(1, processes))]
+        group = [
+            _Address(each, self._start(kind, devices, None, grouped=True))
+            for each in names
+        ]
+        leader, *followers = group
+        self._keys[leader], self._followers[leader] = None, followers
+        # In half the time, so that who is late is heard of and not killed for silence.
+        half = self.settings.timeout / 2
+        return leader, leader.ask("", make, _versions(), followers, half)
 
     def _needs(self, kind: str) -> tuple[float, float]:
         s, usual = self.settings, 0.0 if self._local else 1.0
@@ -239,10 +272,12 @@ class Session:
         gpus = s.replica_gpus if kind == "replica" else 0.0
         return usual if cpus is None else cpus, gpus
 
-    def _start(self, kind: str, devices: int, away_from: Any) -> Any:
+    def _start(
+        self, kind: str, devices: int, away_from: Any, grouped: bool = False
+    ) -> Any:
         cpus, gpus = self._needs(kind)
         env = {}
-        if devices > 1:
+        if devices > 1 or grouped:
             # XLA's pool must have a thread a device, or collectives can hang.
             env["env_vars"] = {"NPROC": str(max(64, 8 * devices))}
         options = {
@@ -252,7 +287,7 @@ class Session:
             "scheduling_strategy": _where(kind, away_from, cpus),
             **({"runtime_env": env} if env else {}),
         }
-        return _host_class().options(**options).remote(_config(devices))
+        return _host_class().options(**options).remote(_config(devices, grouped))
 
 
 class _Address(NamedTuple):
@@ -547,10 +582,15 @@ def _host_class() -> Any:
 
         def _call(self, method: str, *args: Any) -> Any:
             if not method:
-                make, versions = args
+                make, versions, *group = args
                 _check_versions(versions)
                 self._object = None  # whose memory the next one may need
-                self._object = make()
+                if not group:
+                    self._object = make()
+                elif isinstance(group[0], World):
+                    self._object = _follow(make, *group)
+                else:
+                    self._object = _lead(make, versions, *group)
                 return None
             if method == "alive":  # for as long as the process is in use
                 self._rest.wait()
@@ -566,6 +606,43 @@ def _host_class() -> Any:
             return getattr(self._object, method)(*args)
 
     return ray.remote(concurrency_groups={WORK: 1, SIDE: _SIDE_THREADS})(Host)
+
+
+def _lead(
+    make: Callable[[Group], Any],
+    versions: dict[str, str],
+    followers: list[_Address],
+    timeout: float,
+) -> Any:
+    """Make a group's object, while its followers make theirs."""
+    host = _ray().util.get_node_ip_address()
+    with socket.socket() as free:
+        free.bind((host, 0))
+        coordinator = f"{host}:{free.getsockname()[1]}"
+    count = 1 + len(followers)
+    world, *others = (World(coordinator, count, index) for index in range(count))
+    group = Group(followers)
+    asked = [
+        follower.ask("", make, versions, other, timeout)
+        for follower, other in zip(followers, others, strict=True)
+    ]
+
+    def own() -> Any:
+        world.join(2 * timeout)
+        return make(group)
+
+    try:
+        return group.do(own, asked, timeout)
+    except Late:
+        raise TimeoutError(
+            f"the {count} processes of a replica have not met at {coordinator} within "
+            f"{timeout:g} s: are there machines for all, and can all reach that one?"
+        ) from None
+
+
+def _follow(make: Callable[[], Any], world: World, timeout: float) -> Any:
+    world.join(2 * timeout)
+    return make()
 
 
 def _ray() -> Any:
@@ -601,9 +678,11 @@ def _connect(settings: Ray) -> None:
         ) from error
 
 
-def _config(devices: int) -> tuple[tuple[str, Any], ...]:
+def _config(devices: int, grouped: bool = False) -> tuple[tuple[str, Any], ...]:
     config = {name: getattr(jax.config, name, None) for name in _CONFIG}
-    if devices > 1 and jax.default_backend() == "cpu":
+    if grouped:
+        config |= {n: v for n, v in _GROUPED.items() if hasattr(jax.config, n)}
+    if (devices > 1 or grouped) and jax.default_backend() == "cpu":
         config["jax_num_cpu_devices"] = devices
     return tuple((n, v) for n, v in config.items() if v is not None)
 

@@ -78,7 +78,8 @@ class Terms(NamedTuple):
       make_replica: `make_replica(replica, life, shards, batch, next_id, zero)` gives
         what makes a `ReplicaHost` in its process.
       make_shard: `make_shard(shard, held, zero)` gives what makes a `ShardHost`.
-      devices: local devices of a replica's process.
+      devices: of a replica.
+      processes: that these are spread over.
       standby: whether each shard has one.
       snapshot_every: minibatches between copies of the shards; 0 for none.
       timeout: seconds until a process that does not answer is given up.
@@ -90,6 +91,7 @@ class Terms(NamedTuple):
     make_replica: Callable[..., Callable[[], Any]]
     make_shard: Callable[..., Callable[[], Any]]
     devices: int
+    processes: int
     standby: bool
     snapshot_every: int
     timeout: float
@@ -401,8 +403,9 @@ class RemoteCrew:
         )  # fmt: skip
         member.since, member.still = time.monotonic(), True
         member.address, there = self.transport.host(
-            f"replica {replica}", make, kind="replica", devices=self.terms.devices
-        )
+            f"replica {replica}", make, kind="replica", devices=self.terms.devices,
+            processes=self.terms.processes,
+        )  # fmt: skip
         life = member.life
         self._when(there, lambda reply: self._joined(replica, life, reply))
         self._watch(replica, life)

@@ -94,20 +94,25 @@ class Transport(Protocol):
         kind: str = "replica",
         devices: int = 1,
         away_from: Address | None = None,
+        processes: int = 1,
     ) -> tuple[Address, Reply]:
         """Start a process, and in it the object `make()`.
+
+        Several are a group that shares a `jax.distributed` world and ends as one. Who
+        leads it makes `make(group)`, each follower `make()`; see `dbjax.runtime.group`.
 
         Args:
           name: of the address.
           make: makes the object, in its process.
           kind: "replica" or "shard": replicas are packed, shards spread.
-          devices: how many local devices the process is to have.
+          devices: how many local devices it is to have, all processes together.
           away_from: on another machine than this one, if there is another.
+          processes: how many to start.
 
         Returns:
-          Its address, which may be asked at once, and the reply that says it is there.
-          Asked on `SIDE` whether it is "alive", it answers when it is let go, and is
-          `Gone` if it dies before.
+          Its address, or the leader's, which may be asked at once, and the reply that
+          says it is there. Asked on `SIDE` whether it is "alive", it answers when it is
+          let go, and is `Gone` if it dies before.
         """
         ...
 

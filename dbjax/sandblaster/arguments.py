@@ -152,9 +152,10 @@ def _check_ray(runtime: Ray, mesh: Mesh | None) -> None:
             "mesh: with runtime=Ray(...) replicas are not partitioned; use Emulated() "
             "or Threads()"
         )
-    for name in ("standby", "snapshot_every", "replicas_at", "watch"):
+    names = "standby", "snapshot_every", "replicas_at", "watch", "replica_processes"
+    for name in names:
         value = getattr(runtime, name)
-        if value:
+        if value != getattr(Ray, name):
             raise ValueError(
                 f"runtime: Ray({name}={value!r}) is for Downpour; a batch method goes "
                 "on from its checkpoint_dir, with as many replicas as are given"

@@ -31,7 +31,8 @@ class Placement:
       shardings: of each leaf, on each of these meshes.
       pieces: `[leaves][P]` the part of each leaf that each partition holds.
       owners: `[leaves][P]` the partition that owns that part, itself where it can.
-      homes: `[S]` the device on which each shard lives, beside replica 0's partitions.
+      homes: `[S]` the device on which each shard lives, beside replica 0's partitions;
+        if these are of several processes, beside those of this one.
     """
 
     layout: Layout
@@ -88,8 +89,8 @@ class Placement:
                 if by[p] == p:
                     owned[p].append(box)
         boxes = _cut(owned, shards, plain, split)
-        devices = list(meshes[0].devices.flat)
-        homes = tuple(devices[s * partitions // shards] for s in range(shards))
+        here = list(meshes[0].local_devices)
+        homes = tuple(here[s * len(here) // shards] for s in range(shards))
         layout = dataclasses.replace(plain, boxes=boxes)
         return cls(layout, meshes, shardings, pieces, owners, homes)
 
@@ -102,6 +103,11 @@ class Placement:
             "fetch_bytes": self.partition_bytes.tolist(),
             "push_bytes": self.owned_bytes.tolist(),
         }
+
+    @functools.cached_property
+    def spans_processes(self) -> bool:
+        """Whether a replica's devices are not all of this process."""
+        return self.meshes[0].is_multi_process
 
     def mesh(self, replica: int) -> Mesh:
         """A replica's own devices; replicas beyond the meshes there are share them."""
@@ -140,15 +146,17 @@ class Placement:
 
         Returns:
           The whole tree, each leaf spread over the replica's devices. What is there
-          already is not copied.
+          already is not copied. Other processes' devices get theirs there.
         """
         devices = list(self.mesh(replica).devices.flat)
+        mine = set(self.mesh(replica).local_devices)
         shardings = self.shardings[replica % len(self.meshes)]
         leaves = []
         for leaf, there in enumerate(self._held_by_shards(parts)):
             held = [
                 _gather(piece, device, there)
                 for piece, device in zip(self.pieces[leaf], devices, strict=True)
+                if device in mine
             ]
             shape = self.layout.shapes[leaf]
             leaves.append(

@@ -193,6 +193,17 @@ def test_each_replica_has_devices_of_its_own():
     assert line == "replays"
 
 
+@pytest.mark.slow
+def test_a_replica_spans_processes(tmp_path):
+    """One of them is killed: all of the replica go with it, and the run ends whole."""
+    script = ROOT / "tests/downpour/ray_processes_check.py"
+    lines = many_devices.run(script, str(tmp_path))
+    assert [line for line in lines if "replay" in line] == [  # Ray has news of its own
+        "a group dies as one, and replays",
+        "two processes of two devices replay",
+    ]
+
+
 # What is refused.
 
 
@@ -240,6 +251,11 @@ def test_what_a_cluster_lacks_is_said(variant, settings, missing):
             train(runtime)
 
 
+def test_processes_must_divide_the_devices_of_a_replica(variant):
+    with pytest.raises(ValueError, match="replica_processes=2 must divide .* has 1"):
+        train(variant(replica_processes=2))
+
+
 def test_what_cannot_be_sent_is_named(ray_cluster):
     lock = threading.Lock()
 
@@ -266,6 +282,8 @@ def test_what_cannot_be_sent_is_named(ray_cluster):
         ({"standby": 2}, "standby must be 0 or 1"),
         ({"digest_every": -1}, "digest_every must be at least 0"),
         ({"snapshot_every": 0}, "snapshot_every must be at least 1"),
+        ({"replica_processes": 0}, "replica_processes must be at least 1"),
+        ({"replica_processes": None}, "replica_processes must be at least 1"),
         ({"replica_cpus": -1.0}, "replica_cpus must be at least 0"),
         ({"timeout": 0}, "timeout must be above 0"),
         ({"watch_every": float("inf")}, "watch_every must be above 0"),

@@ -51,7 +51,10 @@ class Session:
     def share_there(self):
         return self.share
 
-    def host(self, name, make, *, kind="replica", devices=1, away_from=None):
+    def host(
+        self, name, make, *, kind="replica", devices=1, away_from=None, processes=1
+    ):
+        assert processes == 1, "all that is pretended is one process"
         address = Address(self, name)
         self.processes.append(address)
         return address, address.ask("", make)

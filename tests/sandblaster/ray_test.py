@@ -247,6 +247,7 @@ def test_a_cluster_that_is_too_small_is_an_error_before_anything_starts(ray, add
     ("change", "complaint"),
     [
         ({"runtime": Ray(standby=1)}, r"Ray\(standby=1\)"),
+        ({"runtime": Ray(replica_processes=2)}, r"Ray\(replica_processes=2\)"),
         ({"runtime": Ray(), "mesh": dbjax.make_mesh(model=1)}, "mesh.*Threads"),
     ],
 )
