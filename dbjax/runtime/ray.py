@@ -342,13 +342,15 @@ class _Reply:
             raise Late(f"{self._what} has not answered for {timeout:g} s") from None
         except errors.RayTaskError as error:
             cause = getattr(error, "cause", None)
-            if isinstance(cause, Exception):
+            if isinstance(cause, Exception) and not isinstance(cause, errors.RayError):
                 raise cause from None
             raise RuntimeError(f"{self._what} failed: {error}") from None
         except errors.ObjectStoreFullError as error:
             raise _store_error(self._what, error) from error
         except (errors.RayActorError, errors.ObjectLostError) as error:
             raise Gone(f"{self._what}: {error}") from None
+        except errors.RaySystemError as error:  # what was sent cannot be unpickled
+            raise RuntimeError(f"{self._what} failed: {error}") from None
         except errors.RayError as error:
             raise Gone(f"{self._what}: {error}") from None
 

@@ -1,6 +1,8 @@
 """On Ray in earnest: what is refused, who is killed, and replicas of several devices."""
 
 import dataclasses
+import functools
+import importlib
 import os
 import pathlib
 import signal
@@ -364,3 +366,15 @@ def test_a_process_that_was_killed_is_gone(ray_cluster):
     assert heard.wait(60)
     with pytest.raises(Gone, match="somebody"):
         alive.result(1)
+
+
+def test_what_a_process_cannot_import_is_an_error_at_once(
+    ray_cluster, tmp_path, monkeypatch
+):
+    (tmp_path / "only_here.py").write_text("def loss(params, batch):\n    return 0.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    only_here = importlib.import_module("only_here")
+    _, reply = ray_cluster._kept[0].host("somebody", functools.partial(only_here.loss))
+    with pytest.raises(RuntimeError, match="(?s)somebody.*only_here") as caught:
+        reply.result(60)
+    assert not isinstance(caught.value, Gone)
