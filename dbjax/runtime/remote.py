@@ -261,10 +261,11 @@ class RemoteCrew:
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
         """Hold everything still: all is pushed, nothing is in flight."""
-        self._still.clear()
-        self._inbox.put(self._pause)
+        # An event of its own: the end of the last pause may not have been heard of yet.
+        still = threading.Event()
+        self._inbox.put(lambda: self._pause(still))
         # A signal that comes just before a wait does not end it: look up at times.
-        while not self._still.wait(LOOK_UP):
+        while not still.wait(LOOK_UP):
             pass
         try:
             yield
@@ -629,8 +630,8 @@ class RemoteCrew:
     def _end(self) -> None:
         self._over = True
 
-    def _pause(self) -> None:
-        self._paused = True
+    def _pause(self, still: threading.Event) -> None:
+        self._paused, self._still = True, still
         self._feed_all()
 
     def _go_on(self) -> None:
