@@ -283,23 +283,30 @@ def _lbfgs(curve: Curve, folder: pathlib.Path) -> Result:
     span = min(curve.hours, curve.deadline) - clock.warm_hours
     limit = max(HOLD, math.floor(span / each))
     told = (curve.task, clock.warm_steps, curve.warm_rate, curve.seed)
-    told += (curve.examples, curve.memory, curve.target, curve.final)
+    told += (curve.examples, curve.memory, curve.final)
     file = folder / f"batch-{figure_curves.key(*told)}.npz"
     with _lock(file.name):
         arrays = figure_curves.load(file)
-        if arrays is None or int(arrays["limit"]) < limit:
-            result, limit_there = _minimize(curve, folder, limit)
-            arrays = figure_curves.to_arrays(curve, result) | {"limit": limit_there}
+        if arrays is None or not _serves(arrays, curve.target, limit):
+            result = _minimize(curve, folder, limit)
+            arrays = figure_curves.to_arrays(curve, result)
             figure_curves.save(file, arrays)
     result = figure_curves.to_result(arrays)
     seen = result.steps <= limit
     steps, validation, training, test = (column[seen] for column in result[1:5])
-    hours = clock.warm_hours + each * steps
-    return Result(hours, steps, validation, training, test)
+    return Result(clock.warm_hours + each * steps, steps, validation, training, test)
 
 
-def _minimize(curve: Curve, folder: pathlib.Path, limit: int) -> tuple[Result, int]:
-    """Evaluate the batch so often; give the result, and what limits it would serve."""
+def _serves(arrays: dict[str, np.ndarray], target: float, limit: int) -> bool:
+    """Whether a run of a batch went on for long enough."""
+    result = figure_curves.to_result(arrays)
+    held = figure_curves.crossing(result.steps, result.validation, target or math.inf)
+    # It may have ended where another target held; then what was seen ends there.
+    return float(result.steps[-1]) >= 0.8 * limit or math.isfinite(held)
+
+
+def _minimize(curve: Curve, folder: pathlib.Path, limit: int) -> Result:
+    """Evaluate the batch so often; `steps` count evaluations."""
     warm = _warm_start(curve, folder)
     training = figure_task.make(curve.task).training
     batch = {name: x[: curve.examples] for name, x in training._asdict().items()}
@@ -311,8 +318,8 @@ def _minimize(curve: Curve, folder: pathlib.Path, limit: int) -> tuple[Result, i
         # On the emulated clock of one replica a portion takes a second.
         return round(time / data.num_portions)
 
-    due = np.unique(np.geomspace(1, 100 * limit, 60 + 20 * curve.points).round())
-    watch = _Watch(curve, evaluations, due=due[due <= limit], deadline=limit)
+    due = np.unique(np.geomspace(1, 1e5, 120).round())
+    watch = _Watch(curve, evaluations, due=due, deadline=limit)
     watch.look(warm.params, 0, 0.0)
     try:
         sandblaster.minimize(
@@ -322,10 +329,9 @@ def _minimize(curve: Curve, folder: pathlib.Path, limit: int) -> tuple[Result, i
             runtime=dbjax.Emulated(dbjax.Cluster(step_time=1.0)),
         )  # fmt: skip
     except _Stop:
-        if watch.reached:
-            limit = 1 << 62  # a longer run would be this one
+        pass
     result = watch.result()
-    return result._replace(steps=result.hours), limit
+    return result._replace(steps=result.hours)
 
 
 _LOCKS: dict[str, threading.Lock] = {}

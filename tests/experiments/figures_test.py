@@ -142,6 +142,14 @@ def test_the_paper_s_curves_are_there():
     assert {kind: len(p) for kind, p in points.items()} == {"downpour": 4, "adagrad": 4, "lbfgs": 4, "sgd": 1}  # fmt: skip
 
 
+def test_the_longest_run_that_fits_as_well_is_taken():
+    def fit(share, mismatch):
+        return figure_study.Fit(share, [0.3], 0, mismatch)
+
+    fits = [fit(0.25, 0.030), fit(0.5, 0.036), fit(1.0, 0.045)]
+    assert figure_study.choose(fits).share == 0.5
+
+
 def test_orderings_count_seeds_and_clusters():
     def at(*hours):
         return figure_orderings.Times(np.array(hours), np.array(hours))
