@@ -27,6 +27,7 @@ from experiments.figure_orderings import (
     orderings,
     step_seconds,
     times,
+    verdict,
 )
 from experiments.figure_study import (
     FIGURE4,
@@ -155,13 +156,7 @@ def describe(study: Study, found: Calibrated, claims: Sequence[Ordering]) -> lis
         "replicas. Cores: those that compute, on average; the server's are left out. "
         f"The GPU counts as {GPU_CORES} cores, as in the paper.",
     ]
-    for c in claims:
-        word = "holds" if c.holds else "DOES NOT HOLD"
-        said.append(
-            f"{c.sooner} before {c.later}: {word}; with {100 * c.seeds:.0f} % of "
-            f"seeds, on {100 * c.clusters:.0f} % of plausible clusters."
-        )
-    return said
+    return [*said, *map(verdict, claims)]
 
 
 def report(

@@ -42,14 +42,14 @@ class Ordering(NamedTuple):
     Attributes:
       sooner: name of the method that should be.
       later: name of the other.
-      holds: whether its median is.
+      holds: whether its median is; None if neither gets there.
       seeds: the share of seeds with which it is.
       clusters: the share of plausible clusters on which its median is.
     """
 
     sooner: str
     later: str
-    holds: bool
+    holds: bool | None
     seeds: float
     clusters: float
 
@@ -80,16 +80,27 @@ def orderings(
     found = []
     for sooner, later in pairs:
         early, late = reached[sooner], reached[later]
+        anyone = math.isfinite(min(early.middle, late.middle))
         found.append(
             Ordering(
                 sooner.name,
                 later.name,
-                early.middle < late.middle,
+                early.middle < late.middle if anyone else None,
                 float(np.mean(early.hours < late.hours)),
                 float(np.mean([one[sooner] < one[later] for one in on])),
             )
         )
     return found
+
+
+def verdict(claim: Ordering) -> str:
+    """Say what became of a claim in words."""
+    words = {True: "holds", False: "DOES NOT HOLD", None: "open, as neither gets there"}
+    return (
+        f"{claim.sooner} before {claim.later}: {words[claim.holds]}; with "
+        f"{100 * claim.seeds:.0f} % of seeds, on {100 * claim.clusters:.0f} % of "
+        "plausible clusters."
+    )
 
 
 def elsewhere(

@@ -22,12 +22,14 @@ class Regime(NamedTuple):
 
     Attributes:
       staleness: the mean, in updates, `tau`.
-      of_run: that as a share of the updates that the run needs to the target.
+      of_run: that as a share of the updates that the run makes to the target.
+      hours: when it reaches that, or else ends.
       product: `eta lambda tau`.
     """
 
     staleness: float
     of_run: float
+    hours: float
     product: float
 
 

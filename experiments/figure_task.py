@@ -9,7 +9,7 @@ which is most of its variance, and noisy:
 with states as unequally frequent as words are: `p[state] ~ 1 / (state + 5)`. So the
 posterior of a state is known, and with it the best accuracy that anyone can reach.
 
-The network has the shape of the paper's: layers of sigmoids and a softmax.
+The network is layers of sigmoids and a softmax, as the paper's.
 """
 
 import dataclasses
@@ -47,12 +47,12 @@ class Task:
     """
 
     states: int = 256
-    sounds: int = 16
+    sounds: int = 64
     bands: int = 32
-    channel: float = 2.0
+    channel: float = 3.0
     noise: float = 1.2
-    hidden: tuple[int, ...] = (48, 48, 48, 32)
-    batch: int = 2
+    hidden: tuple[int, ...] = (48, 48)
+    batch: int = 1
     training: int = 1_000_000
     validation: int = 10_000
     test: int = 50_000
@@ -65,7 +65,7 @@ class Task:
 
 
 SMOKE = Task(
-    states=64, sounds=4, bands=24, hidden=(32, 32), batch=4,
+    states=64, sounds=4, bands=24, channel=1.0, hidden=(32,),
     training=50_000, validation=2_000, test=5_000,
 )  # fmt: skip
 

@@ -60,11 +60,12 @@ def draw(
             panel.set(xlim=(0, HOURS), ylim=(0, top * unit), title=title)
         right.axhline(100 * best, color="black", linestyle="--", linewidth=1.2)
         if 100 * best < top * scale:
-            right.text(2, 100 * best, f"best possible, {100 * best:.1f} %", va="bottom")
+            text = f"best possible, {100 * best:.1f} %"
+            right.text(1, 100 * best, text, va="bottom", fontsize=10)
         left.set_ylabel("frame accuracy (%)")
         text = f"target, {100 * found.target:.1f} %"
-        right.text(118, TARGET * scale, text, ha="right", va="top", fontsize=10)
-        left.text(118, TARGET, "16 %", ha="right", va="top", fontsize=10)
+        right.text(1, TARGET * scale, text, va="bottom", fontsize=10)
+        left.text(1, TARGET, "16 %", va="bottom", fontsize=10)
     for panel in panels[1]:
         panel.set_xlabel("hours; ours emulated, warm start included")
     count = len(next(iter(results.values())))
