@@ -98,7 +98,7 @@ class Study:
     trials: int = 8
     horizon: float = 60.0
     soon: float = 40.0
-    hours: float = 90.0
+    hours: float = 80.0
     points: int = 40
     reach: float = 80.0
     clusters: int = 60
@@ -137,7 +137,7 @@ def start_of(method: Method, study: Study, rate: float) -> dict[str, Any]:
     if method.kind == "sgd":
         return {"rate": rate}
     few = method.replicas <= 20
-    guess = {"downpour": 1.0 if few else 0.5, "adagrad": 4.0 if few else 2.0}
+    guess = {"downpour": 1.0 if few else 0.5, "adagrad": 8.0}
     return {"rate": guess[method.kind] * rate, "n_push": 1}
 
 
@@ -196,8 +196,9 @@ class Lab:
     ) -> None:
         self.study, self.folder = study, folder
         # Most programs differ in nothing but numbers: compile each once.
-        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        if not jax.config.jax_compilation_cache_dir:
+            jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
             rich.progress.BarColumn(),
