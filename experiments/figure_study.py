@@ -196,7 +196,7 @@ class Lab:
     ) -> None:
         self.study, self.folder = study, folder
         # Most programs differ in nothing but numbers: compile each once.
-        if not jax.config.jax_compilation_cache_dir:
+        if not jax.config.values.get("jax_compilation_cache_dir"):
             jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         self._bar = rich.progress.Progress(
