@@ -52,6 +52,8 @@ bench:
 	$(BIN)/python -m experiments.bench_downpour
 	$(BIN)/python -m experiments.bench_lbfgs
 	$(BIN)/python -m experiments.bench_partitions
+	$(BIN)/python -m experiments.bench_ray
+	$(BIN)/python -m experiments.bench_data
 
 figures: venv
 	$(BIN)/python -m experiments.figure3 --out=figures

@@ -13,6 +13,7 @@ It leaves `figure4.png`, `figure4.csv` with every evaluation of every seed, and
 
 import argparse
 import csv
+import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -21,7 +22,6 @@ import rich.console
 import rich.table
 
 from experiments import (
-    figure_cluster,
     figure_regime,
     figure_runs,
     figure_study,
@@ -31,10 +31,8 @@ from experiments import (
 )
 from experiments.figure_curves import Result
 from experiments.figure_orderings import (
-    Ordering,
     Times,
-    elsewhere,
-    orderings,
+    check,
     times,
     verdict,
 )
@@ -57,6 +55,7 @@ ORDER = (  # of the paper, the first to reach 16 % first
     "Downpour [20]",
     "SGD [1]",
 )
+CLAIMS = [(_BY_NAME[a], _BY_NAME[b]) for a, b in itertools.pairwise(ORDER)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -71,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = figure_study.curves(lab, found, tuned)
     reached = {m: times(each, found.target) for m, each in results.items()}
     with console.status("checking orderings on plausible clusters"):
-        claims = check(study, found, tuned, reached)
+        claims = check(CLAIMS, study, found, tuned, reached)
     best = figure_task.make(study.task).best
     notes = [*assumptions(study, found, best), *map(verdict, claims)]
     regimes = {
@@ -101,20 +100,6 @@ def parse(about: str, arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     return options
-
-
-def check(
-    study: Study,
-    found: Calibrated,
-    tuned: Mapping[Method, Tuned],
-    reached: Mapping[Method, Times],
-) -> list[Ordering]:
-    """Check the paper's order, one method against the next."""
-    settings = {method: one.best for method, one in tuned.items()}
-    clusters = figure_cluster.plausible(study.clusters)
-    on = [elsewhere(c, reached, settings, study, found) for c in clusters]
-    pairs = [(_BY_NAME[a], _BY_NAME[b]) for a, b in zip(ORDER, ORDER[1:], strict=False)]
-    return orderings(pairs, reached, on)
 
 
 def regime(

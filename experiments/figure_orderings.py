@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.figure_cluster import HOURS, Machines
+from experiments.figure_cluster import HOURS, Machines, plausible
 from experiments.figure_curves import Result, crossing
 from experiments.figure_study import Calibrated, Method, Study
-from experiments.figure_tuning import Setting
+from experiments.figure_tuning import Setting, Tuned
 
 _ROUNDS = 10  # of all replicas, simulated
 
@@ -91,6 +91,20 @@ def orderings(
             )
         )
     return found
+
+
+def check(
+    pairs: Sequence[tuple[Method, Method]],
+    study: Study,
+    found: Calibrated,
+    tuned: Mapping[Method, Tuned],
+    reached: Mapping[Method, Times],
+) -> list[Ordering]:
+    """Check pairs of methods, the sooner one first, on plausible clusters as well."""
+    settings = {method: one.best for method, one in tuned.items()}
+    clusters = plausible(study.clusters)
+    on = [elsewhere(c, reached, settings, study, found) for c in clusters]
+    return orderings(pairs, reached, on)
 
 
 def verdict(claim: Ordering) -> str:

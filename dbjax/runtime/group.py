@@ -23,7 +23,6 @@ from dbjax.runtime.transport import SIDE, Address, Gone, Late, Reply
 GRACE = 10.0
 """Seconds until a death that is felt must have been heard of."""
 
-
 LAST = 0.5
 """Seconds that a leader outlives a follower."""
 

@@ -4,10 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import io
 import math
 import os
-import pickle
 import socket
 import sys
 import threading
@@ -20,8 +18,8 @@ import jax
 
 from dbjax.runtime.group import Group, World
 from dbjax.runtime.lanes import cores
+from dbjax.runtime.neighbours import Published, neighbours
 from dbjax.runtime.remote import Progress
-from dbjax.runtime.shared_memory import Memory, Packed, Place, Shown
 from dbjax.runtime.transport import SIDE, WORK, Gone, Late, Reply
 
 _SIDE_THREADS = 8
@@ -171,7 +169,7 @@ class Session:
         ray = _ray()
         for address in [*self._keys, *sum(self._idle.values(), [])]:
             self.kill(address)
-        _neighbours().forget()
+        neighbours().forget()
         if self._own:
             ray.shutdown()
 
@@ -202,9 +200,9 @@ class Session:
         return share(what, value, keyed)
 
     @property
-    def share_there(self) -> Callable[[str, Any], "_Published"]:
+    def share_there(self) -> Callable[[str, Any], Published]:
         """See `Transport.share_there`."""
-        return _Published
+        return _publish
 
     def host(
         self,
@@ -300,13 +298,12 @@ class _Address(NamedTuple):
         """See `Address.ask`."""
         call = self.handle.work if lane == WORK else self.handle.side
         what = f"{self.name} ({method or 'start'})"
-        neighbours, other = _neighbours(), self.handle._actor_id
+        near, other = neighbours(), self.handle._actor_id
         try:
             if not method:  # what it makes may come from a script: Ray pickles it
-                wire: Any = neighbours.greet(other), args
+                wire: Any = near.greet(other), args
             else:
-                reader = neighbours.reader(other)
-                wire = neighbours.pack(neighbours.greet(other), args, reader)
+                wire = near.pack(near.greet(other), args, near.reader(other))
             return _Reply(what, call.remote(method, wire), other)
         except (TypeError, AttributeError, RecursionError) as error:
             raise _cannot_be_sent(what, error) from error
@@ -328,9 +325,9 @@ class _Reply:
             return answer
         with self._lock:  # what was lent is opened once
             if not hasattr(self, "_value"):
-                neighbours = _neighbours()
-                greeting, self._value = neighbours.unpack(answer)
-                neighbours.hear(self._other, greeting)
+                near = neighbours()
+                greeting, self._value = near.unpack(answer)
+                near.hear(self._other, greeting)
         return self._value
 
     def _get(self, timeout: float | None) -> Any:
@@ -357,155 +354,6 @@ class _Reply:
     def then(self, call: Callable[["_Reply"], None]) -> None:
         """See `Reply.then`."""
         self._ref.future().add_done_callback(lambda _: call(self))
-
-
-class _Greeting(NamedTuple):
-    """What processes tell each other in each message.
-
-    Attributes:
-      place: where the sender's memory is found.
-      reads: whether the sender can read the other's.
-    """
-
-    place: Place | None
-    reads: bool
-
-
-class _Neighbours:
-    """What this process has in common with others: memory, where that is possible.
-
-    Messages to and from a process on another machine carry their arrays themselves,
-    and so do the first ones to a neighbour: who can read a secret of ours in our
-    memory is one.
-    """
-
-    def __init__(self) -> None:
-        self.memory = Memory()
-        self._read: dict[Place, bool] = {}
-        self._heard: dict[Any, _Greeting] = {}
-
-    def greet(self, other: Any) -> _Greeting:
-        """What to tell an actor."""
-        heard = self._heard.get(other)
-        return self.reply_to(heard) if heard else _Greeting(self.memory.place, False)
-
-    def reply_to(self, greeting: _Greeting) -> _Greeting:
-        """What to tell whoever has sent this."""
-        place = greeting.place
-        if place is not None and place not in self._read:
-            self._read[place] = self.memory.reads(place)
-        reads = place is not None and self._read[place]
-        return _Greeting(self.memory.place, reads)
-
-    def hear(self, other: Any, greeting: _Greeting) -> None:
-        """Take note of what an actor has told."""
-        self._heard[other] = greeting
-
-    def reader(self, other: Any) -> Place | None:
-        """An actor that can read what this process lends."""
-        heard = self._heard.get(other)
-        return heard.place if heard is not None and heard.reads else None
-
-    def pack(self, greeting: _Greeting, message: Any, reader: Place | None) -> Any:
-        """Give what is sent; `reader`: a neighbour to whom arrays are lent, or None."""
-        message = jax.tree.map(
-            lambda x: x.to(reader) if isinstance(x, _Published) else x, message
-        )
-        if reader is None:
-            return greeting, message
-        wire = greeting, self.memory.lend(message, reader)
-        try:
-            return _pickled(wire)
-        except Exception:  # Ray knows better how, or says why not
-            return wire
-
-    def unpack(self, wire: Any) -> tuple[_Greeting, Any]:
-        """Give the greeting and the message of what was sent."""
-        greeting, message = pickle.loads(wire) if isinstance(wire, bytes) else wire
-        return greeting, jax.tree.map(
-            lambda x: _Here(self._open(x.value)) if isinstance(x, _Here) else x,
-            self._open(message),
-        )
-
-    def _open(self, message: Any) -> Any:
-        return self.memory.open(message) if isinstance(message, Packed) else message
-
-    def forget(self) -> None:
-        """Give up what was lent to processes that are no more."""
-        self._heard, self._read = {}, {}
-        self.memory.close()
-
-
-@functools.cache
-def _neighbours() -> _Neighbours:
-    return _Neighbours()
-
-
-class _Pickler(pickle.Pickler):
-    """Pickles what is the same in all processes; much faster than Ray does."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        for what in (obj, type(obj)):
-            home = getattr(what, "__module__", None) or ""
-            # Ray counts its references; what a script defines is only there.
-            if home == "__main__" or home.partition(".")[0] == "ray":
-                raise pickle.PicklingError(f"{what!r} is of {home}")
-        return NotImplemented
-
-
-def _pickled(message: Any) -> bytes:
-    file = io.BytesIO()
-    _Pickler(file, protocol=5).dump(message)
-    return file.getvalue()
-
-
-class _Here:
-    """A value that is shared in memory; see `Shared`."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def get(self, timeout: float | None = None) -> Any:
-        """See `Shared.get`."""
-        return self.value
-
-
-class _Published:
-    """A value that this process shares with its neighbours, and by Ray with others."""
-
-    def __init__(self, what: str, value: Any) -> None:
-        self._what, self._value = what, value
-        self._shown: Shown | None = None
-        self._shared: _Shared | None = None
-        self._lock = threading.Lock()
-
-    def to(self, reader: Place | None) -> "_Here | _Shared":
-        """What to send to somebody; the first one decides where the value lies."""
-        with self._lock:
-            value, self._value = self._value, None  # others may want its memory
-            if value is not None and reader is not None:
-                self._shown = _neighbours().memory.show(value)
-            packed = None
-            if self._shown is not None and reader is not None:
-                packed = self._shown.to(reader)
-            if packed is not None:
-                return _Here(packed)
-            if self._shared is None:
-                if self._shown is not None:
-                    value = self._shown.here()
-                self._shared = share(self._what, value)
-            return self._shared
-
-    def get(self, timeout: float | None = None) -> Any:
-        """See `Shared.get`."""
-        return self.to(None).get(timeout)
-
-    def __reduce__(self) -> Any:
-        return _itself, (self.to(None),)
-
-
-def _itself(shared: "_Shared") -> "_Shared":
-    return shared
 
 
 class _Shared:
@@ -551,6 +399,10 @@ def share(what: str, value: Any, keyed: bool = False) -> _Shared:
         raise _store_error(what, error) from error
 
 
+def _publish(what: str, value: Any) -> Published:
+    return Published(what, value, share)
+
+
 @functools.cache
 def _host_class() -> Any:
     """The actor that hosts an object."""
@@ -576,11 +428,11 @@ def _host_class() -> Any:
             return self._answer(method, wire)
 
         def _answer(self, method: str, wire: Any) -> Any:
-            neighbours = _neighbours()
-            greeting, args = neighbours.unpack(wire) if method else wire
+            near = neighbours()
+            greeting, args = near.unpack(wire) if method else wire
             value = self._call(method, *args)
             reader = greeting.place if greeting.reads else None
-            return neighbours.pack(neighbours.reply_to(greeting), value, reader)
+            return near.pack(near.reply_to(greeting), value, reader)
 
         def _call(self, method: str, *args: Any) -> Any:
             if not method:

@@ -1,6 +1,7 @@
 """Runs in processes of their own, without Ray: who dies, joins, leaves, is silent."""
 
 import collections
+import contextlib
 import threading
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import dbjax
 from dbjax import checkpoint
 from dbjax.runtime import remote
+from dbjax.runtime.remote import RemoteCrew
 from dbjax.runtime.threads import ReplicaError
 from dbjax.trace import COMPUTE, DROPPED, FAIL, JOIN, LEAVE, NOT_FINITE, PUSH, RESTART
 from tests import problems
@@ -233,6 +235,41 @@ def test_deaths_between_checkpoints(tmp_path, seed):
         checkpoint_dir=tmp_path, checkpoint_every=8,
     )  # fmt: skip
     assert_whole(run, 120)
+
+
+def test_a_pause_does_not_take_the_last_ones_stillness_for_its_own(
+    monkeypatch, tmp_path
+):
+    """The driver hears of the end of a pause only when the next one is wanted."""
+    quiet, go_on = RemoteCrew.quiet, RemoteCrew._go_on
+    again, seen = threading.Event(), []
+
+    @contextlib.contextmanager
+    def twice(crew):
+        with quiet(crew):
+            pass
+        again.set()
+        with quiet(crew):
+            heard = threading.Event()
+            crew._inbox.put(heard.set)  # all that was said before has been heard, too
+            assert heard.wait(20)
+            seen.append([list(member.orders) for member in crew._members])
+            yield
+
+    def go_on_late(crew):
+        if again.wait(20) and not seen:
+            while crew._inbox.empty():
+                pass
+            crew._look_around()
+        go_on(crew)
+
+    monkeypatch.setattr(RemoteCrew, "quiet", twice)
+    monkeypatch.setattr(RemoteCrew, "_go_on", go_on_late)
+    run = train(
+        Pretend(digest_every=1), steps=40, checkpoint_dir=tmp_path, checkpoint_every=10
+    )
+    assert seen and not any(map(any, seen))
+    assert_whole(run, 40)
 
 
 def test_a_shard_that_is_silent_is_replaced(monkeypatch):
