@@ -4,6 +4,7 @@ Messages to and from a process on another machine carry their arrays themselves,
 do the first ones to a neighbour: who can read a secret of ours in our memory is one.
 """
 
+import collections
 import functools
 import io
 import pickle
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from dbjax.runtime.line import Line, Way
 from dbjax.runtime.shared_memory import Memory, Packed, Place, Shown
 from dbjax.runtime.transport import Shared
 
@@ -36,6 +38,7 @@ class Neighbours:
         self.memory = Memory()
         self._read: dict[Place, bool] = {}
         self._heard: dict[Any, Greeting] = {}
+        self._ways: collections.defaultdict[Any, Way] = collections.defaultdict(Way)
 
     def greet(self, other: Any) -> Greeting:
         """What to tell an actor."""
@@ -58,6 +61,21 @@ class Neighbours:
         """An actor that can read what this process lends."""
         heard = self._heard.get(other)
         return heard.place if heard is not None and heard.reads else None
+
+    def way(self, other: Any) -> Way:
+        """How calls get to an actor."""
+        return self._ways[other]
+
+    def line(self, other: Any) -> Line | None:
+        """Give the line to an actor, if there is one: both can read the other's."""
+        place = self.reader(other)
+        if place is None or not self.greet(other).reads:
+            return None
+        return self._ways[other].line(place)
+
+    def is_far(self, other: Any) -> bool:
+        """Whether it is known that there will be no line to an actor."""
+        return other in self._heard and self.reader(other) is None
 
     def pack(self, greeting: Greeting, message: Any, reader: Place | None) -> Any:
         """Give what is sent; `reader`: a neighbour to whom arrays are lent, or None."""
@@ -86,6 +104,7 @@ class Neighbours:
     def forget(self) -> None:
         """Give up what was lent to processes that are no more."""
         self._heard, self._read = {}, {}
+        self._ways.clear()
         self.memory.close()
 
 

@@ -1,5 +1,6 @@
 """Runs on Ray: processes, on this machine or many. The only file that imports ray."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -18,11 +19,18 @@ import jax
 
 from dbjax.runtime.group import Group, World
 from dbjax.runtime.lanes import cores
+from dbjax.runtime.line import LONGEST, Elsewhere, listen
 from dbjax.runtime.neighbours import Published, neighbours
 from dbjax.runtime.remote import Progress
 from dbjax.runtime.transport import SIDE, WORK, Gone, Late, Reply
 
-_SIDE_THREADS = 8
+_LANES = {WORK: 1, SIDE: 8}  # threads
+_QUICK = frozenset({"push", "fetch", "repeat"})
+"""What is asked for each minibatch, over a line where there is one.
+
+The first two may be carried out twice: their answers may have to come by Ray.
+"""
+_LINE_TIMEOUT = 60.0
 _CONFIG = (
     "jax_enable_x64",
     "jax_platforms",
@@ -294,9 +302,8 @@ class _Address(NamedTuple):
     name: str
     handle: Any
 
-    def ask(self, method: str, *args: Any, lane: str = WORK) -> "_Reply":
+    def ask(self, method: str, *args: Any, lane: str = WORK) -> "_Reply | _Quick":
         """See `Address.ask`."""
-        call = self.handle.work if lane == WORK else self.handle.side
         what = f"{self.name} ({method or 'start'})"
         near, other = neighbours(), self.handle._actor_id
         try:
@@ -304,11 +311,46 @@ class _Address(NamedTuple):
                 wire: Any = near.greet(other), args
             else:
                 wire = near.pack(near.greet(other), args, near.reader(other))
-            return _Reply(what, call.remote(method, wire), other)
+            with near.way(other).lock:
+                if method in _QUICK and isinstance(wire, bytes):
+                    answer = self._over_line(method, wire, lane)
+                    if answer is not None:
+                        again = functools.partial(self._by_ray, method, wire, lane)
+                        return _Quick(what, answer, other, again)
+                return _Reply(what, self._by_ray(method, wire, lane), other)
         except (TypeError, AttributeError, RecursionError) as error:
             raise _cannot_be_sent(what, error) from error
         except Exception as error:
             raise _store_error(what, error) from error
+
+    def _by_ray(self, method: str, wire: Any, lane: str) -> Any:
+        near, other = neighbours(), self.handle._actor_id
+        if lane == SIDE:
+            return self.handle.side.remote(method, wire)
+        way = near.way(other)
+        with way.lock:
+            way.wait_for_line(_LINE_TIMEOUT)
+            ref = self.handle.work.remote(method, wire)
+            way.last_by_ray = None if near.is_far(other) else ref
+        return ref
+
+    def _over_line(
+        self, method: str, wire: bytes, lane: str
+    ) -> concurrent.futures.Future[bytes] | None:
+        """Call it so if that can be; what Ray carries on `WORK` comes first."""
+        near, other = neighbours(), self.handle._actor_id
+        line, way = near.line(other), near.way(other)
+        if line is None or len(wire) > LONGEST:
+            return None
+        if lane == SIDE:
+            return line.call(lane, method, wire)
+        if way.last_by_ray is not None:
+            if not _ray().wait([way.last_by_ray], timeout=0)[0]:
+                return None
+            way.last_by_ray = None
+        answer = line.call(lane, method, wire)
+        way.sent(answer)
+        return answer
 
 
 class _Reply:
@@ -354,6 +396,43 @@ class _Reply:
     def then(self, call: Callable[["_Reply"], None]) -> None:
         """See `Reply.then`."""
         self._ref.future().add_done_callback(lambda _: call(self))
+
+
+class _Quick:
+    """A `Reply` that comes over a line; `again` asks by Ray instead."""
+
+    def __init__(
+        self,
+        what: str,
+        answer: concurrent.futures.Future[bytes],
+        other: Any,
+        again: Callable[[], Any],
+    ) -> None:
+        self._what, self._answer, self._other = what, answer, other
+        self._again = again
+        self._by_ray: _Reply | None = None
+        self._lock = threading.Lock()
+
+    def result(self, timeout: float | None = None) -> Any:
+        """See `Reply.result`."""
+        if not concurrent.futures.wait([self._answer], timeout).done:
+            raise Late(f"{self._what} has not answered for {timeout:g} s")
+        if isinstance(self._answer.exception(), Elsewhere):
+            with self._lock:
+                if self._by_ray is None:
+                    self._by_ray = _Reply(self._what, self._again(), self._other)
+            return self._by_ray.result(timeout)
+        answer = self._answer.result()
+        with self._lock:  # what was lent is opened once
+            if not hasattr(self, "_value"):
+                near = neighbours()
+                greeting, self._value = near.unpack(answer)
+                near.hear(self._other, greeting)
+        return self._value
+
+    def then(self, call: Callable[["_Quick"], None]) -> None:
+        """See `Reply.then`."""
+        self._answer.add_done_callback(lambda _: call(self))
 
 
 class _Shared:
@@ -418,14 +497,26 @@ def _host_class() -> Any:
                 jax.config.update(name, value)
             self._object: Any = None
             self._rest = threading.Event()
+            self._lanes = {
+                lane: concurrent.futures.ThreadPoolExecutor(threads, lane)
+                for lane, threads in _LANES.items()
+            }
+            place = neighbours().memory.place
+            if place is not None:
+                listen(place, self._over_line, self._lanes)
 
         @ray.method(concurrency_group=WORK)
         def work(self, method: str, wire: Any) -> Any:
-            return self._answer(method, wire)
+            # One thread works, whichever way it is called.
+            return self._lanes[WORK].submit(self._answer, method, wire).result()
 
         @ray.method(concurrency_group=SIDE)
         def side(self, method: str, wire: Any) -> Any:
             return self._answer(method, wire)
+
+        def _over_line(self, method: str, wire: bytes) -> bytes | None:
+            answer = self._answer(method, wire)
+            return answer if isinstance(answer, bytes) else None
 
         def _answer(self, method: str, wire: Any) -> Any:
             near = neighbours()
@@ -459,7 +550,7 @@ def _host_class() -> Any:
                 return os.getpid()
             return getattr(self._object, method)(*args)
 
-    return ray.remote(concurrency_groups={WORK: 1, SIDE: _SIDE_THREADS})(Host)
+    return ray.remote(concurrency_groups=_LANES)(Host)
 
 
 def _lead(
