@@ -60,10 +60,10 @@ def draw(
             panel.set(xlim=(0, HOURS), ylim=(0, top * unit), title=title)
         right.axhline(100 * best, color="black", linestyle="--", linewidth=1.2)
         if 100 * best < top * scale:
-            text = f"best possible, {100 * best:.1f} %"
-            right.text(1, 100 * best, text, va="bottom", fontsize=10)
+            end = HOURS - 1, 100 * best, f"best possible, {100 * best:.1f} %"
+            right.text(*end, va="bottom", ha="right", fontsize=10)
         left.set_ylabel("frame accuracy (%)")
-        text = f"target, {100 * found.target:.1f} %"
+        text = f"{100 * found.target:.1f} %"
         right.text(1, TARGET * scale, text, va="bottom", fontsize=10)
         left.text(1, TARGET, "16 %", va="bottom", fontsize=10)
     for panel in panels[1]:
@@ -96,4 +96,4 @@ def _handles(seeds: int) -> list[Any]:
     band = matplotlib.patches.Patch(
         color=plots.GREY, label=f"lowest to highest of {seeds} seeds"
     )
-    return [*handles, band]
+    return [*handles, band, lines.Line2D([], [], label="the target", **_THIN)]
