@@ -3,6 +3,12 @@
 from dbjax.optim.adagrad import ScaleByAdagradState as ScaleByAdagradState
 from dbjax.optim.adagrad import adagrad as adagrad
 from dbjax.optim.adagrad import scale_by_adagrad as scale_by_adagrad
+from dbjax.optim.delay_aware import adadelay as adadelay
+from dbjax.optim.delay_aware import compensate_delay as compensate_delay
+from dbjax.optim.delay_aware import predict_params as predict_params
+from dbjax.optim.delay_aware import scale_by_gap as scale_by_gap
+from dbjax.optim.delay_aware import scale_by_staleness as scale_by_staleness
+from dbjax.optim.delay_aware import without_prediction as without_prediction
 from dbjax.optim.lbfgs import LBFGSState as LBFGSState
 from dbjax.optim.lbfgs import ScaleByLBFGSState as ScaleByLBFGSState
 from dbjax.optim.lbfgs import lbfgs as lbfgs
