@@ -16,6 +16,7 @@ from dbjax.cluster import Slowness as Slowness
 from dbjax.data import from_arrays as from_arrays
 from dbjax.data import from_iterators as from_iterators
 from dbjax.downpour.protocol import asynchronous as asynchronous
+from dbjax.downpour.protocol import ssp as ssp
 from dbjax.downpour.protocol import synchronous as synchronous
 from dbjax.downpour.replay import replay as replay
 from dbjax.downpour.simulate import simulate as simulate
@@ -82,6 +83,7 @@ __all__ = [
     "scale_by_lbfgs",
     "shard_params",
     "simulate",
+    "ssp",
     "stale",
     "stale_params",
     "sweep",

@@ -27,6 +27,7 @@ PUBLIC = {
     "from_nnx",
     # who runs, in which order
     "asynchronous",
+    "ssp",
     "synchronous",
     "Emulated",
     "Threads",

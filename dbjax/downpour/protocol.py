@@ -4,6 +4,7 @@ A protocol is a few pure questions over the replicas' `Clocks`; a new one takes 
 lines. It never sees a value, so the order of a run does not depend on values.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -156,4 +157,42 @@ def synchronous() -> Protocol:
         takes=lambda clocks, replica, staleness: True,
         by_slowest=True,
         may_push=lambda clocks, replica: clocks.begun[replica] <= clocks.last,
+    )
+
+
+def ssp(bound: float) -> Protocol:
+    """Stale synchronous parallel: nobody is more than `bound` minibatches ahead.
+
+    A replica that has finished `p` minibatches begins the next one while
+    `p - slowest <= bound`.
+
+    Args:
+      bound: minibatches; 0 is the barrier of `synchronous`, `math.inf` the order of
+        `asynchronous`.
+
+    Returns:
+      The protocol.
+
+    Raises:
+      ValueError: `bound` is negative, or neither an integer nor infinite.
+
+    Source: Ho and others 2013 (NIPS), whose replicas also see their own updates before
+    the shards do: that is `local_optimizer`.
+
+    >>> ssp(3).name
+    'ssp(3)'
+    """
+    if not (bound >= 0 and (bound == math.inf or bound == int(bound))):
+        raise ValueError(f"bound={bound}: allowed are integers from 0, and math.inf")
+    if bound == 0:
+        return synchronous()._replace(name="ssp(0)")
+    if bound == math.inf:
+        return asynchronous()._replace(name="ssp(inf)")
+    return Protocol(
+        f"ssp({int(bound)})",
+        may_begin=lambda clocks, replica: (
+            clocks.rounds[replica] <= clocks.slowest + bound
+        ),
+        takes=lambda clocks, replica, staleness: True,
+        by_slowest=True,
     )

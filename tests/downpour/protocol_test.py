@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -231,3 +232,58 @@ def test_a_protocol_that_lets_everybody_wait_is_an_error():
 
 def test_protocols_are_values():
     assert copy.deepcopy(dbjax.synchronous()).name == "synchronous"
+
+
+UNEVEN = dbjax.Cluster(
+    step_time=dbjax.Gamma(1.0, 2.0), latency=0.1, slow=dbjax.Slow(0.25, 6.0)
+)
+
+
+def order_of(protocol, seed, shards=2):
+    trace = dbjax.simulate(
+        UNEVEN, replicas=8, shards=shards, steps=300, protocol=protocol, seed=seed
+    )
+    columns = (trace.kind, trace.replica, trace.shard, trace.step, trace.version)
+    return np.stack([*columns, trace.base])
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("bound", "same"), [(0, dbjax.synchronous()), (np.inf, dbjax.asynchronous())]
+)
+def test_ssp_lies_between_a_barrier_and_none(bound, same, seed):
+    got, want = order_of(dbjax.ssp(bound), seed), order_of(same, seed)
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("bound", [1, 3])
+def test_ssp_lets_nobody_get_further_ahead_than_its_bound(bound, seed):
+    kind, replica, _, _, _, _ = order_of(dbjax.ssp(bound), seed, shards=1)
+    finished, most = np.zeros(8, int), 0
+    for k, r in zip(kind, replica, strict=True):
+        if k == PUSH:
+            finished[r] += 1
+        if k == COMPUTE:
+            most = max(most, finished[r] - finished.min())
+    assert most == bound  # never above it, and it is reached
+
+
+def test_a_large_bound_is_never_felt():
+    """Nobody waits: all are as busy as they are without a protocol.
+
+    Where a push takes time, whoever asks first waits for the answer to it.
+    """
+    cluster, ends = dataclasses.replace(UNEVEN, latency=0.0), []
+    for protocol in (dbjax.ssp(1), dbjax.ssp(1_000), dbjax.asynchronous()):
+        trace = dbjax.simulate(
+            cluster, replicas=8, steps=300, protocol=protocol, seed=0
+        )
+        ends.append(np.sort(trace.time[trace.kind == PUSH])[270])
+    assert ends[0] > 1.5 * ends[1] and ends[1] == pytest.approx(ends[2], rel=0.02)
+
+
+@pytest.mark.parametrize("bound", [-1, 0.5, float("nan")])
+def test_a_bound_that_is_not_allowed_is_named(bound):
+    with pytest.raises(ValueError, match=f"bound={bound}"):
+        dbjax.ssp(bound)
