@@ -13,7 +13,9 @@ It leaves `figure4.png`, `figure4.csv` with every evaluation of every seed, and
 
 import argparse
 import csv
+import dataclasses
 import itertools
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -22,6 +24,7 @@ import rich.console
 import rich.table
 
 from experiments import (
+    figure_data,
     figure_regime,
     figure_runs,
     figure_study,
@@ -61,7 +64,7 @@ CLAIMS = [(_BY_NAME[a], _BY_NAME[b]) for a, b in itertools.pairwise(ORDER)]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what has not been run, draw, and say what came out."""
     options = parse("The paper's figure 4 and ours.", arguments)
-    study = SMOKE_STUDY if options.smoke else Study()
+    study = study_of(options)
     console = rich.console.Console()
     lab = Lab(study, options.out / "curves", console)
     found = figure_study.calibrate(lab)
@@ -97,9 +100,19 @@ def parse(about: str, arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--smoke", action="store_true", help="a tiny study, to try it out"
     )
+    parser.add_argument("--data", help='a file of frames, or "digits"; see figure_data')
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     return options
+
+
+def study_of(options: argparse.Namespace) -> Study:
+    """Give the study that is asked for."""
+    study = SMOKE_STUDY if options.smoke else Study()
+    if options.data is None:
+        return study
+    task = figure_data.task_of(options.data, study.task)
+    return dataclasses.replace(study, task=task)
 
 
 def regime(
@@ -138,14 +151,18 @@ def assumptions(study: Study, found: Calibrated, best: float) -> list[str]:
     """Say what is assumed, and what is fitted."""
     task, machines = study.task, found.clock.machines
     a, sizes = machines.assumed, (task.bands, *task.hidden, task.states)
+    frames = task.data or "generated speech-like frames"
+    known = f"{100 * best:.1f} % is the best possible"
+    if math.isnan(best):
+        known = "the best possible accuracy is not known"
     too_small = "A smoke run: far too small and too briefly tuned to say anything."
     return [
-        *([too_small] if study == SMOKE_STUDY else []),
-        f"Task: {task.states} states of generated speech-like frames, network "
+        *([too_small] if study.steps == SMOKE_STUDY.steps else []),
+        f"Task: {task.states} states of {frames}, network "
         f"{'-'.join(map(str, sizes))} of sigmoids, {task.model.num_parameters:,} "
         f"parameters, minibatches of {task.batch}; {task.training:,} examples to train "
         f"on, {task.validation:,} to tune by and {task.test:,} for the test, on which "
-        f"{100 * best:.1f} % is the best possible. {study.seeds} seeds.",
+        f"{known}. {study.seeds} seeds.",
         f"Clock: 120 h are {found.steps:,} minibatches of SGD[1], so that one stands "
         f"for {found.clock.compression:.3g} of the paper's. Fitted to the curve of "
         f"SGD[1]: relative to its end, ours is {100 * found.mismatch:.1f} percentage "

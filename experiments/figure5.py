@@ -31,7 +31,6 @@ from experiments.figure_orderings import (
 from experiments.figure_study import (
     FIGURE4,
     GPU,
-    SMOKE_STUDY,
     Calibrated,
     Lab,
     Method,
@@ -66,7 +65,7 @@ class Point(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what has not been run, draw, and say what came out."""
     options = figure4.parse("The paper's figure 5 and ours.", arguments)
-    study = SMOKE_STUDY if options.smoke else Study()
+    study = figure4.study_of(options)
     console = rich.console.Console()
     lab = Lab(study, options.out / "curves", console)
     found = figure_study.calibrate(lab)

@@ -44,6 +44,8 @@ class Task:
       validation: examples by which hyperparameters are chosen.
       test: examples that the figures show.
       seed: of the source and all its examples.
+      data: other data than the source's, as `figure_data` has it.
+      digest: of a file with that.
     """
 
     states: int = 256
@@ -57,6 +59,8 @@ class Task:
     validation: int = 10_000
     test: int = 50_000
     seed: int = 0
+    data: str = ""
+    digest: str = ""
 
     @property
     def model(self) -> Model:
@@ -78,7 +82,7 @@ class Examples(NamedTuple):
 
 
 class Sets(NamedTuple):
-    """All that is drawn from a source, and the best accuracy on its test."""
+    """All that is drawn from a source, and the best accuracy on its test, or NaN."""
 
     training: Examples
     validation: Examples
@@ -104,6 +108,10 @@ def make(task: Task) -> Sets:
     Returns:
       The same for the same task.
     """
+    if task.data:
+        from experiments import figure_data  # which makes tasks
+
+        return figure_data.sets(task)
     chance = np.random.default_rng(task.seed)
     source = _source(task, chance)
     counts = task.test, task.validation, task.training

@@ -38,7 +38,7 @@ def draw(
       paper: its curves.
       results: ours, a result for each seed.
       found: the target.
-      best: the best accuracy that is possible.
+      best: the best accuracy that is possible, or NaN.
 
     Returns:
       The picture.
@@ -58,8 +58,8 @@ def draw(
         ):
             panel.axhline(TARGET * unit, **_THIN)
             panel.set(xlim=(0, HOURS), ylim=(0, top * unit), title=title)
-        right.axhline(100 * best, color="black", linestyle="--", linewidth=1.2)
-        if 100 * best < top * scale:
+        if 100 * best < top * scale:  # it may be unknown
+            right.axhline(100 * best, color="black", linestyle="--", linewidth=1.2)
             end = HOURS - 1, 100 * best, f"best possible, {100 * best:.1f} %"
             right.text(*end, va="bottom", ha="right", fontsize=10)
         left.set_ylabel("frame accuracy (%)")

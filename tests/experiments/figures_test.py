@@ -181,8 +181,7 @@ def test_lbfgs_of_more_replicas_is_the_same_run_on_another_clock(tmp_path):
 
 @pytest.mark.slow
 def test_a_tiny_study_leaves_figures_and_numbers_and_goes_on(tmp_path, monkeypatch):
-    for script in (figure4, figure5):
-        monkeypatch.setattr(script, "SMOKE_STUDY", TINY)
+    monkeypatch.setattr(figure4, "SMOKE_STUDY", TINY)
     monkeypatch.setattr(figure5, "SMOKE_COUNTS", ((10, 20), (2000,)))
     figure4.main(["--smoke", f"--out={tmp_path}"])
     before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("curves/*.npz")}
