@@ -104,6 +104,10 @@ def _curve(
     if kind == "sgd":
         if len(middle) and there.all():
             panel.axhline(float(middle[0]), **look)
+        elif len(middle):
+            when = f"{middle[0]:.0f} h" if np.isfinite(middle[0]) else "never"
+            where = {"transform": panel.transAxes, "ha": "right", "va": "top"}
+            panel.text(0.99, 0.97, f"GPU: {when}", fontsize=10, **where)
         return
     panel.plot(x[there], middle[there], **look)
     # Those of several methods lie beside one another.
