@@ -6,8 +6,10 @@ import zipfile
 import numpy as np
 import pytest
 
+import dbjax
 from dbjax import trace as trace_lib
 from dbjax.trace import COMPUTE, FAIL, FETCH, PUSH, RESTART, Trace, groups
+from tests import problems
 from tests.restored import random_restored
 
 
@@ -526,3 +528,76 @@ def test_keys_too_wide_for_one_integer_stay_apart():
     combined = groups.combine((ids, others, ids))
     assert len(set(combined.tolist())) == 4
     assert combined[0] == combined[4]
+
+
+# from a CSV of pushes
+
+
+def _write(tmp_path, *lines):
+    file = tmp_path / "pushes.csv"
+    file.write_text("\n".join(["time,replica,staleness", *lines]))
+    return file
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pushes_of_a_run_give_its_staleness_and_replay_to_its_parameters(
+    tmp_path, seed
+):
+    run = dbjax.downpour.train(
+        problems.loss_fn,
+        problems.PARAMS,
+        problems.DATA,
+        optimizer=problems.SGD,
+        replicas=5,
+        steps=40,
+        runtime=dbjax.Emulated(
+            dbjax.Cluster(step_time=dbjax.Gamma(1.0, 1.0)), seed=seed
+        ),
+    )
+    pushes = run.trace.take(run.trace.kind == PUSH)
+    rows = zip(pushes.time, pushes.replica, run.trace.staleness()[:, 0], strict=True)
+    file = _write(tmp_path, *(f"{float(t)!r},{r},{s}" for t, r, s in rows))
+    trace = Trace.from_csv(file)
+    trace.validate()
+    np.testing.assert_array_equal(trace.staleness(), run.trace.staleness())
+    np.testing.assert_array_equal(trace.time[trace.kind == PUSH], pushes.time)
+    again = dbjax.replay(
+        trace, problems.loss_fn, problems.PARAMS, problems.DATA, optimizer=problems.SGD
+    )
+    np.testing.assert_array_equal(again.params["w"], run.params["w"])
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["1.0,0,"], "line 2: staleness is ''"),
+        (["1.0,0"], "line 2: staleness is None"),
+        (["1.0,0,0", "x,0,0"], "line 3: time is 'x'"),
+        (["1.0,0.5,0"], "line 2: replica is '0.5'"),
+        (["-1.0,0,0"], "push 0: time is -1"),
+        (["2.0,0,0", "1.0,0,0"], "push 1: time is 1; it must be finite and at least 2"),
+        (["nan,0,0"], "push 0: time is nan"),
+        (["1.0,-1,0"], "replica must be integers from 0"),
+        (["1.0,0,-1"], r"delays\[0\] is -1"),
+        (["1.0,0,0", "2.0,1,2"], r"delays\[1\] is 2"),
+        (
+            ["1.0,0,0", "2.0,1,0", "3.0,0,2"],
+            "push 2: staleness is 2, but replica 0 pushed 2 pushes before.* most 1",
+        ),
+        ([], "there is no push in it"),
+    ],
+)
+def test_a_csv_that_cannot_be_is_named(tmp_path, lines, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Trace.from_csv(_write(tmp_path, *lines))
+    assert "pushes.csv" in str(caught.value)
+
+
+def test_columns_of_a_csv_are_found_by_name(tmp_path):
+    file = tmp_path / "pushes.csv"
+    file.write_text("host,staleness, time,replica\na,0,1.0,1\nb,0,2.5,0\n")
+    trace = Trace.from_csv(file)
+    assert trace.replica[trace.kind == PUSH].tolist() == [1, 0]
+    file.write_text("time,replica\n1.0,0\n")
+    with pytest.raises(ValueError, match="names no staleness"):
+        Trace.from_csv(file)

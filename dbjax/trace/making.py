@@ -30,14 +30,98 @@ def delay_columns(delays: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         ValueError: naming the step whose delay is not possible.
     """
     delays = _checked_delays(delays)
-    steps = np.arange(len(delays))
-    base = steps - delays
+    base = np.arange(len(delays)) - delays
     order = np.argsort(base, kind="stable")  # gradients, in the order of their fetches
+    waiting = np.searchsorted(base[order], np.arange(len(delays)), side="right")
+    replicas = int((waiting - np.arange(len(delays))).max())
+    replica = _assign(order, replicas)
+    return _header(replicas, len(delays)), _columns(
+        base, replica, np.arange(1.0 + len(delays))
+    )
+
+
+def push_columns(
+    time: Any, replica: Any, staleness: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns header and columns of a run that is known by its pushes only.
+
+    Each push is one gradient, at parameters that its replica had fetched at the
+    earliest after its last push.
+
+    Args:
+        time: seconds, `[pushes]`, in their order.
+        replica: who pushed, int array `[pushes]`.
+        staleness: how many updates it had missed, int array `[pushes]`.
+
+    Returns:
+        Header and columns for `Trace.from_columns`.
+
+    Raises:
+        ValueError: naming the push that cannot have been.
+    """
+    columns = {"time": time, "replica": replica, "staleness": staleness}
+    columns = {name: np.asarray(values) for name, values in columns.items()}
+    shapes = {name: values.shape for name, values in columns.items()}
+    if len(set(shapes.values())) > 1 or len(columns["time"].shape) != 1:
+        raise ValueError(f"time, replica and staleness differ in shape: {shapes}")
+    time, replica = columns["time"].astype(np.float64), columns["replica"]
+    if replica.dtype.kind not in "iu" or (replica < 0).any():
+        raise ValueError("replica must be integers from 0")
+    base = np.arange(len(time)) - _checked_delays(columns["staleness"])
+    _check_times(time)
+    _check_own(base, replica)
+    header = _header(int(replica.max()) + 1, len(time))
+    return header, _columns(base, replica, np.concatenate([[0.0], time]))
+
+
+def _check_times(time: np.ndarray) -> None:
+    wrong = ~(time >= np.concatenate([[0.0], time[:-1]])) | ~np.isfinite(time)
+    if wrong.any():
+        push = int(wrong.argmax())
+        before = time[push - 1] if push else 0.0
+        raise ValueError(
+            f"push {push}: time is {time[push]:g}; it must be finite and at least "
+            f"{before:g}, as the one before"
+        )
+
+
+def _check_own(base: np.ndarray, replica: np.ndarray) -> None:
+    """Raise where a gradient is older than its replica's last push."""
+    order = np.argsort(replica, kind="stable")
+    same = replica[order[1:]] == replica[order[:-1]]
+    early = same & (base[order[1:]] <= order[:-1])
+    if early.any():
+        push = int(order[1:][early].min())
+        last = int(np.flatnonzero(replica[:push] == replica[push])[-1])
+        raise ValueError(
+            f"push {push}: staleness is {push - base[push]}, but replica "
+            f"{replica[push]} pushed {push - last} pushes before, and computes one "
+            f"gradient at a time: at most {push - last - 1} is possible"
+        )
+
+
+def _header(replicas: int, steps: int) -> dict[str, Any]:
+    return {
+        "replicas": replicas,
+        "shards": 1,
+        "steps": steps,
+        "n_fetch": 1,
+        "n_push": 1,
+        "overlap": False,
+        "warmstart_steps": 0,
+        "protocol": "delays",
+    }
+
+
+def _columns(
+    base: np.ndarray, replica: np.ndarray, clock: np.ndarray
+) -> dict[str, Any]:
+    """Returns the columns; `clock[v]` is when version `v` was made."""
+    steps = np.arange(len(base))
+    order = np.argsort(base, kind="stable")
     fetched = base[order]
     # At version v stand the fetches of v, then minibatch v and its push.
     waiting = np.searchsorted(fetched, steps, side="right")
-    replicas = int((waiting - steps).max())
-    replica = _assign(order, replicas)
     own = groups.running_sum((replica,), np.ones_like(steps)) - 1
     fetch, compute = steps + 2 * fetched, waiting + 2 * steps
     push = compute + 1
@@ -47,20 +131,11 @@ def delay_columns(delays: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         values[fetch], values[compute], values[push] = at_fetch, at_compute, at_push
         return values
 
-    header = {
-        "replicas": replicas,
-        "shards": 1,
-        "steps": len(steps),
-        "n_fetch": 1,
-        "n_push": 1,
-        "overlap": False,
-        "warmstart_steps": 0,
-        "protocol": "delays",
-    }
-    return header, {
+    seen, made = clock[fetched], clock[1:]
+    return {
         "kind": column(FETCH, COMPUTE, PUSH, np.uint8),
-        "time": column(fetched, steps + 1, steps + 1, np.float64),
-        "start": column(fetched, base, steps + 1, np.float64),
+        "time": column(seen, made, made, np.float64),
+        "start": column(seen, clock[base], made, np.float64),
         "replica": column(replica[order], replica, replica, np.int32),
         "shard": column(0, -1, 0, np.int32),
         "step": column(order, steps, steps),

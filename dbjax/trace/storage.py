@@ -4,6 +4,7 @@
 JSON, stored as bytes.
 """
 
+import csv
 import io
 import json
 import os
@@ -159,3 +160,42 @@ def _read_json(archive: zipfile.ZipFile, name: str, path: Any) -> Any:
         return json.loads(content.tobytes())
     except ValueError as error:
         raise ValueError(f"{path} has a {name} that is not JSON: {error}") from error
+
+
+def read_pushes(path: str | os.PathLike[str]) -> tuple[np.ndarray, ...]:
+    """Reads a CSV of pushes; each line's numbers must be there.
+
+    Args:
+        path: the file.
+
+    Returns:
+        `time` float64, `replica` and `staleness` int64, `[pushes]` each.
+
+    Raises:
+        ValueError: naming the file and the line.
+    """
+    kinds = {"time": float, "replica": int, "staleness": int}
+    found: dict[str, list[Any]] = {name: [] for name in kinds}
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, skipinitialspace=True)
+        missing = [name for name in kinds if name not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(
+                f"{path}: the first line names no {' and no '.join(missing)}; it has "
+                f"{reader.fieldnames}"
+            )
+        for row in reader:
+            for name, kind in kinds.items():
+                try:
+                    found[name].append(kind(row[name]))
+                except (TypeError, ValueError):
+                    raise ValueError(
+                        f"{path}, line {reader.line_num}: {name} is {row[name]!r}, "
+                        f"which is no {'number' if kind is float else 'integer'}"
+                    ) from None
+    if not found["time"]:
+        raise ValueError(f"{path}: there is no push in it")
+    return (
+        np.array(found["time"], np.float64),
+        *(np.array(found[name], np.int64) for name in ("replica", "staleness")),
+    )

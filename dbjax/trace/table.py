@@ -169,6 +169,39 @@ class Trace:
         return cls.from_columns(header, **columns)
 
     @classmethod
+    def from_csv(cls, path: str | os.PathLike[str]) -> "Trace":
+        """The Trace of pushes that some other system has written down.
+
+        Args:
+            path: a file whose first line names the columns `time` (seconds), `replica`
+                and `staleness` (updates that the push's gradient had missed); one line
+                a push, in their order. Other columns are not looked at.
+
+        Returns:
+            A Trace of one shard whose `staleness()[:, 0]` is that column.
+
+        Raises:
+            ValueError: naming the file, and the line or push (from 0) that cannot be.
+
+        Examples:
+            >>> import pathlib, tempfile
+            >>> folder = tempfile.TemporaryDirectory()
+            >>> file = pathlib.Path(folder.name) / "pushes.csv"
+            >>> with file.open("w") as out:
+            ...     for line in "time,replica,staleness", "1.5,0,0", "1.7,1,1":
+            ...         print(line, file=out)
+            >>> Trace.from_csv(file).staleness()[:, 0]
+            array([0, 1])
+            >>> folder.cleanup()
+        """
+        pushes = storage.read_pushes(path)
+        try:
+            header, columns = making.push_columns(*pushes)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from None
+        return cls.from_columns(header, **columns)
+
+    @classmethod
     def from_events(
         cls,
         header: Mapping[str, Any],
