@@ -9,7 +9,7 @@ import pytest
 import dbjax
 from dbjax import trace as trace_lib
 from dbjax.trace import COMPUTE, FAIL, FETCH, PUSH, RESTART, Trace, groups
-from tests import problems
+from tests import problems, textbook
 from tests.restored import random_restored
 
 
@@ -601,3 +601,115 @@ def test_columns_of_a_csv_are_found_by_name(tmp_path):
     file.write_text("time,replica\n1.0,0\n")
     with pytest.raises(ValueError, match="names no staleness"):
         Trace.from_csv(file)
+
+
+# what would have been
+
+
+def _run(seed, **keywords):
+    cluster = dbjax.Cluster(step_time=dbjax.Gamma(1.0, 1.0), latency=0.1)
+    return dbjax.downpour.train(
+        *_PROBLEM,
+        optimizer=problems.ADAGRAD,
+        **{"replicas": 4, "steps": 40, "shards": 2} | keywords,
+        runtime=dbjax.Emulated(cluster, seed=seed),
+    )
+
+
+_PROBLEM = problems.loss_fn, problems.PARAMS, problems.DATA
+
+
+def _in_order(trace):
+    """Replica and minibatch of each push, as shard 0 handled them."""
+    batches = {
+        (r, s): b
+        for k, r, s, b in zip(
+            trace.kind, trace.replica, trace.step, trace.batch, strict=True
+        )
+        if k == COMPUTE
+    }
+    pushes = trace.take((trace.kind == PUSH) & (trace.shard == 0))
+    return [
+        (r, batches[r, s]) for r, s in zip(pushes.replica, pushes.step, strict=True)
+    ]
+
+
+def _plainly(order):
+    """Adagrad, one minibatch after the other."""
+    rule, flat = textbook.Adagrad(0.05), problems.flat(problems.PARAMS)
+    for replica, batch in order:
+        flat = rule(flat, problems.gradient(flat, replica, batch))
+    return flat
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("shards", [1, 3])
+def test_without_staleness_it_is_the_plain_loop(seed, shards):
+    run = _run(seed, shards=shards)
+    trace = run.trace.without_staleness()
+    trace.validate()
+    assert run.trace.staleness().max() > 0 and not trace.staleness().any()
+    assert _in_order(trace) == _in_order(run.trace)
+    for exact in (True, False):
+        again = dbjax.replay(trace, *_PROBLEM, optimizer=problems.ADAGRAD, exact=exact)
+        np.testing.assert_allclose(
+            problems.flat(again.params), _plainly(_in_order(run.trace)), rtol=3e-4
+        )
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("gone", [(0,), (2,), (1, 3)])
+def test_without_a_replica_the_others_do_what_they_did(seed, gone):
+    run = _run(seed)
+    trace = run.trace.without_replicas(*gone)
+    trace.validate()
+    assert not np.isin(trace.replica, gone).any()
+    kept = [(r, b) for r, b in _in_order(run.trace) if r not in gone]
+    assert _in_order(trace) == kept and trace.header["steps"] == len(kept)
+    # Staleness: those pushes between fetch and push that are not theirs.
+    theirs = np.isin(run.trace.replica, gone) & (run.trace.kind == PUSH)
+    for shard in range(2):
+        old = run.trace.take((run.trace.kind == PUSH) & (run.trace.shard == shard))
+        lost = run.trace.version[theirs & (run.trace.shard == shard)]
+        want = [
+            v - 1 - b - np.sum((lost > b) & (lost < v))
+            for v, b, r in zip(old.version, old.base, old.replica, strict=True)
+            if r not in gone
+        ]
+        new = trace.take((trace.kind == PUSH) & (trace.shard == shard))
+        assert (new.version - 1 - new.base).tolist() == want
+    again = dbjax.replay(trace, *_PROBLEM, optimizer=problems.ADAGRAD)
+    compiled = dbjax.replay(trace, *_PROBLEM, optimizer=problems.ADAGRAD, exact=False)
+    np.testing.assert_allclose(
+        problems.flat(again.params), problems.flat(compiled.params), rtol=3e-4
+    )
+
+
+def test_a_replica_alone_is_never_stale():
+    trace = _run(0).trace.without_replicas(0, 1, 3)
+    assert not trace.staleness().any()
+    again = dbjax.replay(trace, *_PROBLEM, optimizer=problems.ADAGRAD)
+    np.testing.assert_allclose(
+        problems.flat(again.params), _plainly(_in_order(trace)), rtol=3e-4
+    )
+
+
+def test_nobody_left_out_is_the_same_run():
+    run = _run(1)
+    again = dbjax.replay(
+        run.trace.without_replicas(), *_PROBLEM, optimizer=problems.ADAGRAD
+    )
+    np.testing.assert_array_equal(again.params["w"], run.params["w"])
+
+
+def test_what_would_have_been_cannot_always_be_said():
+    trace = _run(0).trace
+    with pytest.raises(ValueError, match="replica 4 is not among the 4"):
+        trace.without_replicas(4)
+    with pytest.raises(ValueError, match="nobody pushes"):
+        trace.without_replicas(0, 1, 2, 3)
+    with pytest.raises(ValueError, match="push 0 of the Trace sums several"):
+        _run(0, n_push=3).trace.without_staleness()
+    with pytest.raises(ValueError, match="somebody died"):
+        restored = random_restored(0)
+        restored.without_replicas(0)

@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from dbjax.trace import checks, compare, making, perfetto, statistics, storage
+from dbjax.trace import (
+    checks,
+    compare,
+    counterfactual,
+    making,
+    perfetto,
+    statistics,
+    storage,
+)
 from dbjax.trace import columns as columns_lib
 
 
@@ -229,6 +237,45 @@ class Trace:
         trace = events.take(making.causal_order(events))
         trace.validate()
         return trace
+
+    def without_staleness(self) -> "Trace":
+        """What the run would have been, had nobody ever been stale.
+
+        Returns:
+            The Trace of the same minibatches, one after the other in the order in
+            which shard 0 handled them, each on the version before it.
+
+        Raises:
+            ValueError: if somebody died, or a push was not one gradient, taken.
+
+        Examples:
+            >>> Trace.from_delays([0, 1, 1]).without_staleness().staleness()[:, 0]
+            array([0, 0, 0])
+        """
+        header, columns = counterfactual.one_after_the_other(self)
+        return type(self).from_columns(header, **columns)
+
+    def without_replicas(self, *replicas: int) -> "Trace":
+        """What the run would have been without some replicas.
+
+        The others do what they did, when they did it; versions, steps and so staleness
+        are counted anew.
+
+        Args:
+            *replicas: who is left out.
+
+        Returns:
+            The Trace of the others.
+
+        Raises:
+            ValueError: if there is no such replica, nobody is left, or somebody died.
+
+        Examples:
+            >>> trace = Trace.from_delays([0, 1, 1, 1])
+            >>> trace.without_replicas(1).staleness()[:, 0]
+            array([0, 0])
+        """
+        return counterfactual.without(self, replicas)
 
     def validate(self) -> None:
         """Checks that the rows can have happened in this order.
