@@ -657,6 +657,14 @@ def test_without_staleness_it_is_the_plain_loop(seed, shards):
         )
 
 
+def test_without_staleness_everybody_fetches_every_time():
+    trace = _run(0, n_fetch=3, warmstart_steps=5).trace.without_staleness()
+    trace.validate()
+    asked = {"n_fetch": 1, "warmstart_steps": 0, "shards": 2, "steps": 40}
+    assert asked.items() <= trace.header.items()
+    assert (trace.kind == FETCH).sum() == (trace.kind == PUSH).sum() == 80
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("gone", [(0,), (2,), (1, 3)])
 def test_without_a_replica_the_others_do_what_they_did(seed, gone):

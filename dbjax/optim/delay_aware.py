@@ -121,8 +121,7 @@ def compensate_delay(
         _check_decay(decay)
 
     def init(params: Params) -> CompensateDelayState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return CompensateDelayState(None if decay is None else zeros)
+        return CompensateDelayState(None if decay is None else _zeros(params))
 
     def update(
         updates: Gradients, state: Any, params: Params | None = None, **extra: Any
@@ -132,9 +131,9 @@ def compensate_delay(
         if decay is None:
             new = jax.tree.map(lambda g, d: g + lam * g * g * d, updates, moved)
             return new, state
-        mean = _running_mean(decay, state.mean_square, updates)
+        mean = optax.tree.update_moment(updates, state.mean_square, decay, 2)
         new = jax.tree.map(
-            lambda g, d, m: g + lam / jnp.sqrt(m + 1e-7) * g * g * d,
+            lambda g, d, m: (g + lam / jnp.sqrt(m + 1e-7) * g * g * d).astype(g.dtype),
             *(updates, moved, mean),
         )
         return new, CompensateDelayState(mean)
@@ -182,8 +181,7 @@ def scale_by_gap(
     _check_decay(decay)
 
     def init(params: Params) -> ScaleByGapState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return ScaleByGapState(jnp.zeros([], jnp.int32), zeros)
+        return ScaleByGapState(jnp.zeros([], jnp.int32), _zeros(params))
 
     def update(
         updates: Gradients, state: Any, params: Params | None = None, **extra: Any
@@ -191,7 +189,7 @@ def scale_by_gap(
         old = _asked_for("scale_by_gap", "stale_params", extra)
         moved = _moved("scale_by_gap", params, old)
         count = jnp.asarray(optax.safe_increment(state.count))
-        mean = _running_mean(decay, state.mean_square, updates)
+        mean = optax.tree.update_moment(updates, state.mean_square, decay, 2)
         unbiased = 1.0 / (1.0 - decay ** count.astype(jnp.float32))
 
         def scaled(g: jax.Array, d: jax.Array, m: jax.Array) -> jax.Array:
@@ -333,17 +331,20 @@ def _asked_for(rule: str, name: str, extra: dict[str, Any]) -> Any:
 def _moved(rule: str, params: Params | None, old: Params) -> Params:
     if params is None:
         raise ValueError(f"{rule} compares parameters: call update with params=")
-    return jax.tree.map(lambda w, before: w - before, params, old)
+    return optax.tree.sub(params, old)
 
 
 def _scaled(tree: Params, scale: jax.Array) -> Params:
     return jax.tree.map(lambda x: (x * scale).astype(x.dtype), tree)
 
 
-def _running_mean(decay: float, mean: Params, gradients: Gradients) -> Params:
+def _zeros(params: Params) -> Params:
+    """In bfloat16 a running mean would soon stop moving."""
     return jax.tree.map(
-        lambda m, g: decay * m + (1 - decay) * jnp.square(g).astype(m.dtype),
-        *(mean, gradients),
+        lambda p: jnp.zeros_like(
+            p, dtype=jnp.promote_types(jnp.result_type(p), jnp.float32)
+        ),
+        params,
     )
 
 

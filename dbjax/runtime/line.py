@@ -76,17 +76,19 @@ class Line:
         return answer
 
     def _read(self) -> None:
-        with contextlib.suppress(OSError, EOFError):
-            while True:
-                number, how, what = pickle.loads(self._connection.recv_bytes())
-                with self._lock:
-                    answer = self._waiting.pop(number)
-                if how == _DONE:
-                    answer.set_result(what)
-                else:
-                    answer.set_exception(what if how == _RAISED else Elsewhere())
-                del answer, what  # the next one may be long in coming
-        self._hang_up()
+        try:
+            with contextlib.suppress(OSError, EOFError):
+                while True:
+                    number, how, what = pickle.loads(self._connection.recv_bytes())
+                    with self._lock:
+                        answer = self._waiting.pop(number)
+                    if how == _DONE:
+                        answer.set_result(what)
+                    else:
+                        answer.set_exception(what if how == _RAISED else Elsewhere())
+                    del answer, what  # the next one may be long in coming
+        finally:  # whatever ends this: nobody is to wait for what nobody reads
+            self._hang_up()
 
     def _hang_up(self) -> None:
         with self._lock:

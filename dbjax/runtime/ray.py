@@ -1,5 +1,6 @@
 """Runs on Ray: processes, on this machine or many. The only file that imports ray."""
 
+import abc
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -28,7 +29,7 @@ _LANES = {WORK: 1, SIDE: 8}  # threads
 _QUICK = frozenset({"push", "fetch", "repeat"})
 """What is asked for each minibatch, over a line where there is one.
 
-The first two may be carried out twice: their answers may have to come by Ray.
+A fetch may be carried out twice: its answer may have to come by Ray.
 """
 _LINE_TIMEOUT = 60.0
 _CONFIG = (
@@ -302,7 +303,7 @@ class _Address(NamedTuple):
     name: str
     handle: Any
 
-    def ask(self, method: str, *args: Any, lane: str = WORK) -> "_Reply | _Quick":
+    def ask(self, method: str, *args: Any, lane: str = WORK) -> "_Answer":
         """See `Address.ask`."""
         what = f"{self.name} ({method or 'start'})"
         near, other = neighbours(), self.handle._actor_id
@@ -316,7 +317,7 @@ class _Address(NamedTuple):
                     answer = self._over_line(method, wire, lane)
                     if answer is not None:
                         again = functools.partial(self._by_ray, method, wire, lane)
-                        return _Quick(what, answer, other, again)
+                        return _Quick(what, other, answer, again)
                 return _Reply(what, self._by_ray(method, wire, lane), other)
         except (TypeError, AttributeError, RecursionError) as error:
             raise _cannot_be_sent(what, error) from error
@@ -353,11 +354,11 @@ class _Address(NamedTuple):
         return answer
 
 
-class _Reply:
+class _Answer(abc.ABC):
     """See `Reply`; `other`: whom was asked, None if it is Ray's store."""
 
-    def __init__(self, what: str, ref: Any, other: Any = None) -> None:
-        self._what, self._ref, self._other = what, ref, other
+    def __init__(self, what: str, other: Any) -> None:
+        self._what, self._other = what, other
         self._lock = threading.Lock()
 
     def result(self, timeout: float | None = None) -> Any:
@@ -371,6 +372,26 @@ class _Reply:
                 greeting, self._value = near.unpack(answer)
                 near.hear(self._other, greeting)
         return self._value
+
+    def then(self, call: Callable[["_Answer"], None]) -> None:
+        """See `Reply.then`."""
+        self._future().add_done_callback(lambda _: call(self))
+
+    @abc.abstractmethod
+    def _get(self, timeout: float | None) -> Any:
+        """Wait for what was sent."""
+
+    @abc.abstractmethod
+    def _future(self) -> Any:
+        """What calls back when that is there."""
+
+
+class _Reply(_Answer):
+    """One that comes by Ray."""
+
+    def __init__(self, what: str, ref: Any, other: Any = None) -> None:
+        super().__init__(what, other)
+        self._ref = ref
 
     def _get(self, timeout: float | None) -> Any:
         ray = _ray()
@@ -393,46 +414,33 @@ class _Reply:
         except errors.RayError as error:
             raise Gone(f"{self._what}: {error}") from None
 
-    def then(self, call: Callable[["_Reply"], None]) -> None:
-        """See `Reply.then`."""
-        self._ref.future().add_done_callback(lambda _: call(self))
+    def _future(self) -> Any:
+        return self._ref.future()
 
 
-class _Quick:
-    """A `Reply` that comes over a line; `again` asks by Ray instead."""
+class _Quick(_Answer):
+    """One that comes over a line; `again` asks by Ray instead."""
 
     def __init__(
         self,
         what: str,
-        answer: concurrent.futures.Future[bytes],
         other: Any,
+        answer: concurrent.futures.Future[bytes],
         again: Callable[[], Any],
     ) -> None:
-        self._what, self._answer, self._other = what, answer, other
-        self._again = again
-        self._by_ray: _Reply | None = None
-        self._lock = threading.Lock()
+        super().__init__(what, other)
+        self._over_line, self._again = answer, functools.cache(again)
 
-    def result(self, timeout: float | None = None) -> Any:
-        """See `Reply.result`."""
-        if not concurrent.futures.wait([self._answer], timeout).done:
+    def _get(self, timeout: float | None) -> Any:
+        if not concurrent.futures.wait([self._over_line], timeout).done:
             raise Late(f"{self._what} has not answered for {timeout:g} s")
-        if isinstance(self._answer.exception(), Elsewhere):
-            with self._lock:
-                if self._by_ray is None:
-                    self._by_ray = _Reply(self._what, self._again(), self._other)
-            return self._by_ray.result(timeout)
-        answer = self._answer.result()
-        with self._lock:  # what was lent is opened once
-            if not hasattr(self, "_value"):
-                near = neighbours()
-                greeting, self._value = near.unpack(answer)
-                near.hear(self._other, greeting)
-        return self._value
+        try:
+            return self._over_line.result()
+        except Elsewhere:
+            return _Reply(self._what, self._again())._get(timeout)
 
-    def then(self, call: Callable[["_Quick"], None]) -> None:
-        """See `Reply.then`."""
-        self._answer.add_done_callback(lambda _: call(self))
+    def _future(self) -> Any:
+        return self._over_line
 
 
 class _Shared:

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dbjax.trace.columns import COMPUTE, FAIL, FETCH, PUSH, RESTART, TAKEN
+from dbjax.trace import making
+from dbjax.trace.columns import COMPUTE, FAIL, PUSH, RESTART, TAKEN
 
 if TYPE_CHECKING:
     from dbjax.trace.table import Trace
@@ -36,38 +37,16 @@ def one_after_the_other(trace: "Trace") -> Parts:
             "not taken; without staleness there is one of each, and it is taken"
         )
     shards, steps = trace.header["shards"], len(pushes)
-    replica, time = trace.replica[pushes], np.maximum.accumulate(trace.time[pushes])
-    begun = np.concatenate([[0.0], time[:-1]])
-    version, turn = np.arange(steps), np.arange(shards)
-
-    def column(at_fetch: Any, at_compute: Any, at_push: Any) -> np.ndarray:
-        """By step: a fetch of each shard, the minibatch, a push to each."""
-        rows = np.empty((steps, 2 * shards + 1), np.result_type(time, np.int64))
-        rows[:, :shards] = np.broadcast_to(at_fetch, (steps, shards))
-        rows[:, shards] = at_compute
-        rows[:, shards + 1 :] = np.broadcast_to(at_push, (steps, shards))
-        return rows.ravel()
-
-    def by_step(values: np.ndarray) -> np.ndarray:
-        return values[:, None]
-
-    columns = {
-        "kind": column(FETCH, COMPUTE, PUSH),
-        "time": column(by_step(begun), time, by_step(time)),
-        "start": column(by_step(begun), begun, by_step(time)),
-        "replica": column(by_step(replica), replica, by_step(replica)),
-        "shard": column(turn, -1, turn),
-        "step": column(by_step(version), version, by_step(version)),
-        "batch": column(-1, _batches(trace, pushes), -1),
-        "version": column(by_step(version), -1, by_step(version + 1)),
-        "base": column(-1, -1, by_step(version)),
-        "count": column(0, 0, 1),
-        "id": column(-1, -1, by_step(trace.id[pushes])),
-    }
-    whole = {
-        n: v if n in ("time", "start") else v.astype(int) for n, v in columns.items()
-    }
-    return trace.header | {"steps": steps, "protocol": "one after the other"}, whole
+    clock = np.maximum.accumulate(np.concatenate([[0.0], trace.time[pushes]]))
+    columns = making.push_by_push(np.arange(steps), trace.replica[pushes], clock)
+    columns["batch"][columns["kind"] == COMPUTE] = _batches(trace, pushes)
+    # Fetches and pushes once for each shard, minibatches once.
+    times = np.where(columns["kind"] == COMPUTE, 1, shards)
+    columns = {name: np.repeat(values, times) for name, values in columns.items()}
+    turn = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times)
+    columns["shard"] = np.where(columns["kind"] == COMPUTE, -1, turn)
+    header = trace.header | making.plain_header(trace.header["replicas"], steps)
+    return header | {"shards": shards, "protocol": "one after the other"}, columns
 
 
 def without(trace: "Trace", replicas: tuple[int, ...]) -> "Trace":

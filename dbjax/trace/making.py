@@ -35,7 +35,7 @@ def delay_columns(delays: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     waiting = np.searchsorted(base[order], np.arange(len(delays)), side="right")
     replicas = int((waiting - np.arange(len(delays))).max())
     replica = _assign(order, replicas)
-    return _header(replicas, len(delays)), _columns(
+    return plain_header(replicas, len(delays)), push_by_push(
         base, replica, np.arange(1.0 + len(delays))
     )
 
@@ -70,8 +70,8 @@ def push_columns(
     base = np.arange(len(time)) - _checked_delays(columns["staleness"])
     _check_times(time)
     _check_own(base, replica)
-    header = _header(int(replica.max()) + 1, len(time))
-    return header, _columns(base, replica, np.concatenate([[0.0], time]))
+    header = plain_header(int(replica.max()) + 1, len(time))
+    return header, push_by_push(base, replica, np.concatenate([[0.0], time]))
 
 
 def _check_times(time: np.ndarray) -> None:
@@ -100,7 +100,8 @@ def _check_own(base: np.ndarray, replica: np.ndarray) -> None:
         )
 
 
-def _header(replicas: int, steps: int) -> dict[str, Any]:
+def plain_header(replicas: int, steps: int) -> dict[str, Any]:
+    """Returns the header of a run of one shard that fetches and pushes every time."""
     return {
         "replicas": replicas,
         "shards": 1,
@@ -113,10 +114,19 @@ def _header(replicas: int, steps: int) -> dict[str, Any]:
     }
 
 
-def _columns(
+def push_by_push(
     base: np.ndarray, replica: np.ndarray, clock: np.ndarray
 ) -> dict[str, Any]:
-    """Returns the columns; `clock[v]` is when version `v` was made."""
+    """Returns the columns of a run of one shard: a fetch, a minibatch, a push each.
+
+    Args:
+        base: of each push, `[pushes]`.
+        replica: whose it is, `[pushes]`.
+        clock: when version 0, 1, ... was made, `[pushes + 1]`.
+
+    Returns:
+        Columns for `Trace.from_columns`.
+    """
     steps = np.arange(len(base))
     order = np.argsort(base, kind="stable")
     fetched = base[order]

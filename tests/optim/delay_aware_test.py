@@ -220,6 +220,16 @@ def test_prediction_widens_what_is_stable_under_delay():
     assert ends(predict_params(inner, 4)) < 1e-3
 
 
+@pytest.mark.parametrize("make", [compensate_delay, scale_by_gap])
+def test_means_of_small_floats_are_kept_in_larger_ones(make):
+    params = jnp.ones(3, jnp.bfloat16)
+    rule = make(0.1, decay=0.95)
+    state = rule.init(params)
+    updates, state = rule.update(params, state, params, stale_params=0.5 * params)
+    assert updates.dtype == jnp.bfloat16
+    assert state.mean_square.dtype == jnp.float32
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
