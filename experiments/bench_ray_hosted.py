@@ -17,7 +17,7 @@ import dbjax
 from dbjax.downpour.hosting import Kit, make_kit, make_shard
 from dbjax.downpour.problem import Problem, make_problem
 from dbjax.runtime.parcels import Answer, Held, Parcel, from_wire, to_wire
-from dbjax.runtime.ray import Session, share
+from dbjax.runtime.ray import Session
 from dbjax.runtime.transport import SIDE, Address, Shared
 from dbjax.server.messages import Push
 from dbjax.server.shard import make_shard as make_functions
@@ -53,14 +53,16 @@ def problem_of(name: str) -> Problem:
 
 
 def shard_maker(
-    problem: Problem, put: Callable[[str, Any, bool], Shared]
+    problem: Problem,
+    put: Callable[[str, Any, bool], Shared],
+    publish: Callable[[str, Any], Shared],
 ) -> Callable[[], Any]:
     """Give what makes a problem's only shard, the way `dbjax.Ray` does."""
     kit: Kit = make_kit(problem, "even")
     held = Held(to_wire(problem.split(problem.params)[0]))
     return functools.partial(
         make_shard, put("the problem", kit, True), dbjax.asynchronous(), 0, _TIMEOUT,
-        share, 0, put("shard 0", held, False), time.time(),
+        publish, 0, put("shard 0", held, False), time.time(),
     )  # fmt: skip
 
 
@@ -73,7 +75,8 @@ def host(session: Session, name: str, make: Callable[[], Any], kind: str) -> Any
 
 def host_shard(session: Session, problem: Problem) -> Address:
     """Start a shard's process."""
-    return host(session, "shard 0", shard_maker(problem, session.share), "shard")
+    make = shard_maker(problem, session.share, session.share_there)
+    return host(session, "shard 0", make, "shard")
 
 
 def message_bytes(message: Any) -> int:
@@ -85,7 +88,8 @@ def message_bytes(message: Any) -> int:
 
 def exchange(problem: Problem) -> tuple[Parcel, Answer]:
     """A push to a shard in this process, and the answer, which brings parameters."""
-    shard = shard_maker(problem, lambda what, value, keyed: Here(value))()
+    here = lambda what, value, keyed=False: Here(value)  # noqa: E731
+    shard = shard_maker(problem, here, here)()
     gradients = jax.tree.map(jnp.ones_like, problem.params)
     parcel = make_parcel(gradients, replica=0, id_=0, fetches=True)
     return parcel, shard.push(parcel)
