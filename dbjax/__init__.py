@@ -16,6 +16,7 @@ from dbjax.cluster import Slowness as Slowness
 from dbjax.data import from_arrays as from_arrays
 from dbjax.data import from_iterators as from_iterators
 from dbjax.downpour.protocol import asynchronous as asynchronous
+from dbjax.downpour.protocol import delay_threshold as delay_threshold
 from dbjax.downpour.protocol import ssp as ssp
 from dbjax.downpour.protocol import synchronous as synchronous
 from dbjax.downpour.replay import replay as replay
@@ -70,6 +71,7 @@ __all__ = [
     "adagrad",
     "asynchronous",
     "delay_gradients",
+    "delay_threshold",
     "downpour",
     "from_arrays",
     "from_iterators",

@@ -27,6 +27,7 @@ PUBLIC = {
     "from_nnx",
     # who runs, in which order
     "asynchronous",
+    "delay_threshold",
     "ssp",
     "synchronous",
     "Emulated",

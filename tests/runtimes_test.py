@@ -58,6 +58,8 @@ CASES = {
     "overlap, push seldom": {"overlap": True, "n_push": 2, "n_fetch": 3},
     "barrier": {"shards": 2, "protocol": dbjax.synchronous(), "warmstart_steps": 5},
     "stale synchronous": {"shards": 2, "protocol": dbjax.ssp(1)},
+    "backups": {"shards": 2, "protocol": dbjax.synchronous(backups=1)},
+    "threshold": {"shards": 2, "protocol": dbjax.delay_threshold(2)},
     "picky": {"shards": 2, "n_push": 2, "protocol": PICKY},
     "one replica": {"shards": 3, "replicas": 1, "n_push": 2},
     "local steps": {"n_fetch": 3, "n_push": 2, "local_optimizer": problems.SGD},

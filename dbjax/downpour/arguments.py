@@ -106,6 +106,15 @@ def check_arguments(**given: Any) -> Arguments:
             f"protocol must be a Protocol, say asynchronous(); got "
             f"{given['protocol']!r}."
         )
+    if given["protocol"].by_push and given["n_push"] > 1:
+        raise ValueError(
+            f"n_push must be 1 where the protocol is {given['protocol'].name}; got "
+            f"{given['n_push']}."
+        )
+    if given["protocol"].by_push and given["overlap"]:
+        raise ValueError(
+            f"overlap must be False where the protocol is {given['protocol'].name}."
+        )
     eval_fn, directory = given.get("eval_fn"), given.get("checkpoint_dir")
     if eval_fn is not None and not callable(eval_fn):
         raise ValueError(f"eval_fn must be a function; got {eval_fn!r}.")

@@ -131,8 +131,8 @@ def make_shard(
 ) -> ShardHost:
     """Make a shard, in its process; see `ShardHost` for the arguments."""
 
-    def takes(clocks: Any, replica: int, staleness: int) -> bool:
-        return protocol.free_running or protocol.takes(clocks, replica, staleness)
+    def takes(clocks: Any, replica: int, missed: int) -> bool:
+        return protocol.takes is None or protocol.takes(clocks, replica, missed)
 
     return ShardHost(
         shard, _functions(kit), held.get(), takes, digest, digest_every, zero,

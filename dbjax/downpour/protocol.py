@@ -5,94 +5,11 @@ lines. It never sees a value, so the order of a run does not depend on values.
 """
 
 import math
+import operator
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-
-class _Counts:
-    """A count for each live replica, and the least of them."""
-
-    def __init__(self) -> None:
-        self.of: dict[int, int] = {}
-        self.least = 0
-        self._at: dict[int, int] = {}  # count -> how many live replicas are at it
-
-    def put(self, replica: int, count: int) -> None:
-        if count < self.least or not self._at:
-            self.least = count
-        self._at[count] = self._at.get(count, 0) + 1
-        before = self.of.get(replica)
-        self.of[replica] = count
-        if before is not None:
-            self._drop(before)
-
-    def remove(self, replica: int) -> None:
-        self._drop(self.of.pop(replica))
-
-    def _drop(self, count: int) -> None:
-        left = self._at[count] - 1
-        if left:
-            self._at[count] = left
-            return
-        del self._at[count]
-        if count == self.least and self._at:
-            self.least = min(self._at)
-
-
-class Clocks:
-    """How many minibatches each live replica has begun and finished.
-
-    One is begun when the replica has the parameters for it, and finished when its push
-    is handled. What is begun is kept only for protocols with a `may_push`.
-
-    Attributes:
-      rounds: how many are finished, by replica.
-      begun: how many are begun, by replica: as many, or one more.
-
-    >>> clocks = Clocks()
-    >>> clocks.enter(0), clocks.enter(1), clocks.begin(1), clocks.tick(1)
-    (None, None, None, None)
-    >>> clocks.rounds, clocks.slowest, clocks.begun, clocks.last
-    ({0: 0, 1: 1}, 0, {0: 0, 1: 1}, 0)
-    """
-
-    def __init__(self) -> None:
-        self._rounds, self._begun = _Counts(), _Counts()
-        self.rounds, self.begun = self._rounds.of, self._begun.of
-        self._closed = 0  # rounds that a push was sent in: it is too late to join them
-
-    @property
-    def slowest(self) -> int:
-        """The least of `rounds`; it stays where nobody is left."""
-        return self._rounds.least
-
-    @property
-    def last(self) -> int:
-        """The least of `begun`."""
-        return self._begun.least
-
-    def enter(self, replica: int) -> None:
-        """A replica joins, or comes back, at the slowest's round if it is open yet."""
-        round_ = max(self.slowest, self._closed)
-        self._rounds.put(replica, round_)
-        self._begun.put(replica, round_)
-
-    def begin(self, replica: int) -> None:
-        """A replica has the parameters for its next minibatch."""
-        self._begun.put(replica, self.rounds[replica] + 1)
-
-    def push(self, replica: int) -> None:
-        """A replica sends its push: whoever joins from now on is in a later round."""
-        self._closed = max(self._closed, self.begun[replica])
-
-    def tick(self, replica: int) -> None:
-        """A replica has finished a minibatch."""
-        self._rounds.put(replica, self.rounds[replica] + 1)
-
-    def leave(self, replica: int) -> None:
-        """A replica is gone: nobody waits for it any more."""
-        self._rounds.remove(replica)
-        self._begun.remove(replica)
+from dbjax.downpour.clocks import Clocks, SharedRounds
 
 
 class Protocol(NamedTuple):
@@ -102,22 +19,33 @@ class Protocol(NamedTuple):
       name: what the Trace's header says.
       may_begin: `(clocks, replica) -> bool`, asked before each minibatch and again
         whenever a replica finishes one.
-      takes: `(clocks, replica, staleness) -> bool`, asked of every push; a push that is
-        not taken counts a version, leaves the parameters, and is counted as dropped.
-      free_running: whether both always say yes, so that nobody ever waits.
-      by_slowest: whether `may_begin` looks at the replica's own round and the slowest
-        one's only, and `may_push` at its own begun minibatches and the last one's;
-        nobody who waits is then asked again before that one moves.
+      takes: `(clocks, replica, missed) -> bool`, asked by each shard of every push;
+        `missed` counts the pushes that the shard has taken since the version that its
+        oldest gradient was computed on. A push that is not taken counts a version,
+        leaves the parameters, and is counted as dropped. None: all are taken.
+      free_running: whether `may_begin` always says yes and there is no `may_push`, so
+        that nobody ever waits; `takes` is then asked without clocks.
+      by_slowest: whether, of what others do, `may_begin` looks at `clocks.begins_on`
+        only, and `may_push` at `clocks.pushes_on`: the slowest one's round, and the
+        last one's begun minibatches. Nobody who waits is asked again before that moves.
       may_push: `(clocks, replica) -> bool`, asked before each push and again whenever
         a replica begins a minibatch; None: always.
+      clocks: makes the clocks that these are asked about.
+      by_push: whether it needs a push after each minibatch: `n_push = 1`, no `overlap`.
     """
 
     name: str
-    may_begin: Callable[[Clocks, int], bool]
-    takes: Callable[[Clocks, int, int], bool]
+    may_begin: Callable[[Any, int], bool]
+    takes: Callable[[Any, int, int], bool] | None = None
     free_running: bool = False
     by_slowest: bool = False
-    may_push: Callable[[Clocks, int], bool] | None = None
+    may_push: Callable[[Any, int], bool] | None = None
+    clocks: Callable[[], Clocks] = Clocks
+    by_push: bool = False
+
+
+def _always(*_: Any) -> bool:
+    return True
 
 
 def asynchronous() -> Protocol:
@@ -131,32 +59,96 @@ def asynchronous() -> Protocol:
     """
     return Protocol(
         "asynchronous",
-        may_begin=lambda clocks, replica: True,
-        takes=lambda clocks, replica, staleness: True,
+        may_begin=_always,
         free_running=True,
     )
 
 
-def synchronous() -> Protocol:
+def synchronous(every: int = 1, backups: int = 0) -> Protocol:
     """A barrier: a round begins when every live replica has finished the last one.
 
     Nobody pushes before everybody has the parameters for the round, so all of them
-    have the same. With plain SGD and `n_push = 1` a round is then one step on the
+    have the same. With plain SGD and `n_push = every` a round is then one step on the
     summed gradient, to rounding. Whoever joins after a round's first push waits for
     the next one.
+
+    With `backups`, a round is over when all but so many have pushed. The gradients of
+    those who come later are dropped, and they go on with the next round that they find
+    open.
+
+    Args:
+      every: minibatches of each replica in a round.
+      backups: replicas that a round does not wait for; needs `n_push = 1` and no
+        `overlap`.
 
     Returns:
       The protocol.
 
-    >>> synchronous().name
-    'synchronous'
+    Raises:
+      ValueError: `every` is below 1, `backups` below 0, or both are above that.
+
+    Source: Chen and others 2016 (arXiv 1604.00981) for the backups; there a round's
+    gradients are averaged and applied at once, which `softsync` does.
+
+    >>> synchronous().name, synchronous(backups=2).name
+    ('synchronous', 'synchronous(backups=2)')
     """
+    every, backups = _count("every", every, 1), _count("backups", backups, 0)
+    if backups:
+        if every > 1:
+            raise ValueError(
+                f"every={every} and backups={backups}: allowed is one of them, since "
+                "whoever is late is so with a single minibatch"
+            )
+        return Protocol(
+            f"synchronous(backups={backups})",
+            may_begin=lambda clocks, replica: clocks.may_begin(replica),
+            takes=lambda clocks, replica, missed: replica not in clocks.late,
+            by_slowest=True,
+            may_push=lambda clocks, replica: clocks.may_push(replica),
+            clocks=lambda: SharedRounds(backups),
+            by_push=True,
+        )
     return Protocol(
-        "synchronous",
-        may_begin=lambda clocks, replica: clocks.rounds[replica] <= clocks.slowest,
-        takes=lambda clocks, replica, staleness: True,
+        "synchronous" if every == 1 else f"synchronous(every={every})",
+        may_begin=lambda clocks, replica: (
+            clocks.rounds[replica] // every <= clocks.slowest // every
+        ),
         by_slowest=True,
-        may_push=lambda clocks, replica: clocks.begun[replica] <= clocks.last,
+        may_push=lambda clocks, replica: (
+            (clocks.begun[replica] - 1) // every <= (clocks.last - 1) // every
+        ),
+    )
+
+
+def delay_threshold(threshold: float) -> Protocol:
+    """Nobody waits, but gradients that have missed too many updates are dropped.
+
+    Args:
+      threshold: a push is taken if the shard has taken fewer than so many pushes since
+        the version that its oldest gradient was computed on; `math.inf` is
+        `asynchronous`.
+
+    Returns:
+      The protocol.
+
+    Raises:
+      ValueError: `threshold` is below 1, or neither an integer nor infinite.
+
+    Source: Maranjyan and others 2025 (Ringmaster ASGD, algorithm 1; with several shards
+    each decides on its own part).
+
+    >>> delay_threshold(4).name
+    'delay_threshold(4)'
+    """
+    if threshold == math.inf:
+        return asynchronous()._replace(name="delay_threshold(inf)")
+    most = _count("threshold", threshold, 1)
+    return Protocol(
+        f"delay_threshold({most})",
+        may_begin=_always,
+        takes=lambda clocks, replica, missed: missed < most,
+        free_running=True,
     )
 
 
@@ -182,17 +174,28 @@ def ssp(bound: float) -> Protocol:
     >>> ssp(3).name
     'ssp(3)'
     """
-    if not (bound >= 0 and (bound == math.inf or bound == int(bound))):
-        raise ValueError(f"bound={bound}: allowed are integers from 0, and math.inf")
-    if bound == 0:
-        return synchronous()._replace(name="ssp(0)")
     if bound == math.inf:
         return asynchronous()._replace(name="ssp(inf)")
+    bound = _count("bound", bound, 0)
+    if bound == 0:
+        return synchronous()._replace(name="ssp(0)")
     return Protocol(
-        f"ssp({int(bound)})",
+        f"ssp({bound})",
         may_begin=lambda clocks, replica: (
             clocks.rounds[replica] <= clocks.slowest + bound
         ),
-        takes=lambda clocks, replica, staleness: True,
         by_slowest=True,
     )
+
+
+def _count(name: str, value: float, least: int) -> int:
+    """Give a whole number of at least `least`."""
+    try:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = least - 1
+    if number < least or isinstance(value, bool):
+        raise ValueError(f"{name}={value}: allowed are integers from {least}")
+    return number

@@ -99,7 +99,7 @@ def simulate_run(
     """
     a, columns = arguments, None
     waits = a.overlap or not a.protocol.free_running
-    if not (waits or cluster.queues or cluster.fails):
+    if not (waits or a.protocol.takes or cluster.queues or cluster.fails):
         run = free_running.Run(
             cluster=cluster,
             seed=seed,

@@ -8,7 +8,7 @@ runtime also says who has `begun`, and asks `may_push` before each push.
 
 from collections.abc import Iterable, Sequence
 
-from dbjax.downpour.protocol import Clocks, Protocol
+from dbjax.downpour.protocol import Protocol
 
 WAIT = -1
 
@@ -48,19 +48,19 @@ class Tickets:
         first: int = 0,
         again: Sequence[int] = (),
     ) -> None:
-        self.protocol, self.clocks = protocol, Clocks()
+        self.protocol, self.clocks = protocol, protocol.clocks()
         self.steps, self.warmstart_steps = steps, warmstart_steps
         self.next, self.finished = first, first - len(again)
         self._again = list(again)
         self.warm = self.finished >= min(warmstart_steps, steps)
         self._held: list[int] = []  # joined, but kept off the clocks until then
         self.gated = protocol.may_push is not None
-        # The slowest's round, and what the last one has begun, when waiters were asked.
-        self._asked_at = self._pushed_at = -1
+        # What their answers look at, when waiters were asked.
+        self._asked_at = self._pushed_at = None
 
     def enter(self, replica: int) -> None:
         """A replica joins, or comes back."""
-        self._pushed_at = -1  # it may be the last one now
+        self._pushed_at = None  # it may be the last one now
         # The lone replica of a warm start would otherwise be ahead of the others.
         if self.warm or replica == 0:
             self.clocks.enter(replica)
@@ -78,6 +78,8 @@ class Tickets:
             return WAIT
         if not self.protocol.may_begin(self.clocks, replica):
             return WAIT
+        if not self.protocol.free_running:
+            self.clocks.take_part(replica)
         if self._again:
             return self._again.pop(0)
         self.next = step + 1
@@ -91,9 +93,9 @@ class Tickets:
             return list(waiting)
         may_begin, clocks = self.protocol.may_begin, self.clocks
         if self.protocol.by_slowest:
-            if clocks.slowest == self._asked_at:
+            if clocks.begins_on == self._asked_at:
                 return []
-            self._asked_at = clocks.slowest
+            self._asked_at = clocks.begins_on
         return [replica for replica in waiting if may_begin(clocks, replica)]
 
     def begun(self, replica: int) -> None:
@@ -116,9 +118,9 @@ class Tickets:
         if may_push is None:
             return []
         if self.protocol.by_slowest:
-            if clocks.last == self._pushed_at:
+            if clocks.pushes_on == self._pushed_at:
                 return []
-            self._pushed_at = clocks.last
+            self._pushed_at = clocks.pushes_on
         return [replica for replica in waiting if may_push(clocks, replica)]
 
     def is_awaited(self, replica: int) -> bool:

@@ -56,9 +56,9 @@ class Events:
         self._overlap = self._periods.overlap
         self._cluster, self._seed, self._shard_bytes = cluster, seed, shard_bytes
         self._rows = Rows()
-        takes = None
-        if not self._free:
-            takes = functools.partial(self._desk.protocol.takes, self._desk.clocks)
+        takes = self._desk.protocol.takes
+        if takes is not None:
+            takes = functools.partial(takes, self._desk.clocks)
         self._network = Network(
             cluster, seed, replicas, shard_bytes, takes=takes, rows=self._rows
         )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from dbjax.server.messages import Push
 from dbjax.server.shard import Shard, ShardState
 from dbjax.trace import DROPPED, NOT_FINITE, TAKEN
+from dbjax.trace.history import missed_taken
 from dbjax.typing import Params
 
 
@@ -30,6 +31,7 @@ class LiveShard:
         self.holders: dict[int, tuple[Params, int]] = {}
         self.held_by: dict[Any, Params] = {}
         self.dead: list[Params] = []
+        self.dropped: list[int] = []
         self.most_versions = 1
 
     def hold(self, who: Any) -> ShardState:
@@ -67,15 +69,18 @@ class LiveShard:
         record: Callable[[int, int], object],
         keep: Callable[[int], Any] = lambda version: None,
     ) -> ShardState:
-        """Handle a push if `takes(staleness)`; `record` comes before it shows.
+        """Handle a push if `takes(missed)`; `record` comes before it shows.
 
         The version made is held for whom `keep(version)` names, if it does, before
         another push can follow.
         """
         with self.lock:
             before, status = self.state, TAKEN if message.taken else NOT_FINITE
-            if message.taken and not takes(before.version - message.base):
+            missed = before.version - message.base
+            missed = missed_taken(before.version, missed, self.dropped)
+            if message.taken and not takes(missed):
                 message, status = message._replace(taken=False), DROPPED
+                self.dropped.append(before.version + 1)
             spare = None
             if message.taken and id(before.params) not in self.holders:
                 spare = before.params  # nobody sees it: written in place

@@ -15,6 +15,7 @@ import numpy as np
 from dbjax.cluster import Cluster, Constant
 from dbjax.runtime.rows import Rows
 from dbjax.trace import DROPPED, TAKEN
+from dbjax.trace.history import missed_taken
 
 _FIRST, _MOST = 16, 512  # draws taken ahead for one replica, at first and at most
 
@@ -152,7 +153,9 @@ class Network:
         self._arrived = [[0.0] * shards for _ in range(replicas)]
         self._done = [[0.0] * shards for _ in range(replicas)]
         self._made = [[0] * shards for _ in range(replicas)]
-        # Of each shard: when its pushes were done, and at which turn they stand.
+        # Of each shard: which versions dropped pushes made; when its pushes were done,
+        # and at which turn they stand.
+        self._dropped: list[list[int]] = [[] for _ in range(shards)]
         self._dones: list[list[float]] = [[] for _ in range(shards)]
         self._turns: list[list[int]] = [[] for _ in range(shards)]
 
@@ -247,8 +250,12 @@ class Network:
             self._done[replica][shard] = done
         base, version = push.base[shard], self.versions[shard] + 1
         status, takes = TAKEN, self._takes
-        if takes is not None and not takes(replica, version - 1 - base):
-            status = DROPPED
+        if takes is not None:
+            dropped = self._dropped[shard]
+            missed = missed_taken(version - 1, version - 1 - base, dropped)
+            if not takes(replica, missed):
+                status = DROPPED
+                dropped.append(version)
         self.versions[shard] = self._made[replica][shard] = version
         row = done, turn, start, replica, shard, push.step
         self._rows.push.append((*row, version, base, push.count, status, push.id))

@@ -67,6 +67,7 @@ class Held(NamedTuple):
       log: rows of the pushes handled since they were last collected.
       digests: `(shard, version, checksum)` since then.
       origins: the versions that its incarnations 1, 2, ... began from.
+      dropped: the versions that pushes made which the protocol did not take.
     """
 
     params: Params
@@ -77,6 +78,7 @@ class Held(NamedTuple):
     log: tuple[Any, ...] = ()
     digests: tuple[tuple[int, int, int], ...] = ()
     origins: tuple[int, ...] = ()
+    dropped: tuple[int, ...] = ()
 
 
 class Report(NamedTuple):

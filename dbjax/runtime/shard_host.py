@@ -14,7 +14,7 @@ from dbjax.runtime.recorder import COLUMNS, Recorder
 from dbjax.runtime.transport import Address, Deposed, Gone, Late, Reply, Shared
 from dbjax.server.shard import Shard, ShardState
 from dbjax.trace import DROPPED, NOT_FINITE, PUSH, TAKEN
-from dbjax.trace.history import missed
+from dbjax.trace.history import missed, missed_taken
 from dbjax.typing import Params
 
 MOST_NEWS = 64
@@ -33,7 +33,7 @@ class ShardHost:
       index: which shard.
       shard: its functions.
       held: what it begins with.
-      takes: the protocol's `takes(clocks, replica, staleness)`.
+      takes: the protocol's `takes(clocks, replica, missed)`.
       digest: checksum of its parameters.
       digest_every: every so many versions they are checksummed; 0 for never.
       zero: when the run began.
@@ -131,6 +131,7 @@ class ShardHost:
             to_wire(jax.tree.leaves(state.optimizer_state)),
             *(state.version, state.incarnation, dict(self._handled)),
             *(tuple(self._log), tuple(self._digests), self._origins),
+            tuple(self._dropped),
         )
 
     def adopt(self, standby: Address) -> None:
@@ -212,6 +213,7 @@ class ShardHost:
         self._state = state._replace(version=held.version, incarnation=held.incarnation)
         self._seen = self._state
         self._handled, self._origins = dict(held.handled), held.origins
+        self._dropped = list(held.dropped)
         self._log, self._digests = list(held.log), list(held.digests)
         self._logged = len(self._log)  # of which nobody has heard from this process
         self._parcels: dict[int, Parcel] = {}  # by the version that they made
@@ -234,7 +236,7 @@ class ShardHost:
             return parcel, NOT_FINITE
         if not bool(_finite(message.gradients)):
             status = NOT_FINITE
-        elif not self._takes(parcel.clocks, message.replica, self._missed(parcel)):
+        elif not self._takes(parcel.clocks, message.replica, self._updates(parcel)):
             status = DROPPED
         else:
             return parcel, TAKEN
@@ -243,6 +245,9 @@ class ShardHost:
     def _missed(self, parcel: Parcel) -> int:
         push, version = parcel.push, self._state.version
         return missed(version, push.base, push.origin, self._origins)
+
+    def _updates(self, parcel: Parcel) -> int:
+        return missed_taken(self._state.version, self._missed(parcel), self._dropped)
 
     def _handle(self, parcel: Parcel, status: int, arrived: float) -> None:
         message, version = parcel.push, self._state.version + 1
@@ -276,6 +281,8 @@ class ShardHost:
         """Let the version show, and remember whose it was."""
         state, message = self._state, parcel.push
         self._handled[message.replica] = parcel.life, message.id, state.version, status
+        if status == DROPPED:
+            self._dropped.append(state.version)
         with self._looking:  # nobody sees a version without its row
             self._log.append(row)
             self._logged += 1

@@ -274,8 +274,8 @@ class Crew:
         start = self.recorder.now()
         protocol, clocks = self.program.tickets.protocol, self.program.tickets.clocks
 
-        def takes(staleness: int) -> bool:
-            return protocol.free_running or protocol.takes(clocks, replica, staleness)
+        def takes(missed: int) -> bool:
+            return protocol.takes is None or protocol.takes(clocks, replica, missed)
 
         def recording(shard: LiveShard, message: Push) -> Callable[[int, int], object]:
             place = PUSH, replica, start, shard.index, step, -1

@@ -1,8 +1,10 @@
 """Shards that were restored from snapshots: which versions they share with what was.
 
-The rule of a push's staleness is `missed`, which a live shard calls as well.
+The rule of a push's staleness is `missed`, which a live shard calls as well; what of it
+was taken is for protocols.
 """
 
+import bisect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -37,6 +39,26 @@ def missed(version: int, base: int, incarnation: int, origins: Sequence[int]) ->
         (3, 2, 4)
     """
     return version - min((base, *origins[incarnation:]))
+
+
+def missed_taken(version: int, missed: int, dropped: Sequence[int]) -> int:
+    """Counts those of the missed pushes that the protocol did not drop.
+
+    Args:
+        version: the shard's, before the push.
+        missed: the push's staleness.
+        dropped: the versions that dropped pushes made, ascending.
+
+    Returns:
+        How many updates the push has missed.
+
+    Examples:
+        >>> missed_taken(7, 3, (2, 6)), missed_taken(7, 5, (2, 6))
+        (2, 4)
+        >>> missed_taken(7, 6, (2, 6))
+        4
+    """
+    return missed - len(dropped) + bisect.bisect_right(dropped, version - missed)
 
 
 def restorations(trace: "Trace") -> np.ndarray:

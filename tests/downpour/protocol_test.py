@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import dbjax
-from dbjax.downpour.protocol import Clocks, Protocol
+from dbjax.downpour.clocks import Clocks
+from dbjax.downpour.protocol import Protocol
 from dbjax.trace import COMPUTE, DROPPED, FETCH, PUSH
 
 
@@ -38,7 +39,7 @@ def test_asynchronous_never_says_no():
     for _ in range(100):
         clocks.tick(0)
     assert protocol.free_running
-    assert protocol.may_begin(clocks, 0) and protocol.takes(clocks, 1, 100)
+    assert protocol.may_begin(clocks, 0) and protocol.takes is None
 
 
 def test_synchronous_holds_back_whoever_is_ahead():
@@ -184,12 +185,20 @@ def ssp(bound):
 
 
 def fresh_only(most):
-    """Pushes that are more than `most` versions stale are dropped."""
+    """Pushes that have missed more than `most` others are dropped."""
     return Protocol(
         f"fresh_only({most})",
         may_begin=lambda clocks, replica: True,
-        takes=lambda clocks, replica, staleness: staleness <= most,
+        takes=lambda clocks, replica, missed: missed <= most,
     )
+
+
+def updates_missed(trace, shard=0):
+    """How many taken pushes lie between each push of a shard and what it saw."""
+    pushes = trace.take((trace.kind == PUSH) & (trace.shard == shard))
+    taken = np.concatenate([[0], np.cumsum(pushes.status != DROPPED)])
+    np.testing.assert_array_equal(pushes.version, 1 + np.arange(len(pushes)))
+    return taken[pushes.version - 1] - taken[pushes.base]
 
 
 HEAVY = dbjax.Cluster(step_time=dbjax.Pareto(1.0, 1.5))
@@ -218,8 +227,8 @@ def test_a_new_protocol_bounds_how_far_anyone_is_ahead(bound):
 def test_dropped_pushes_are_those_that_the_protocol_did_not_take():
     trace = dbjax.simulate(HEAVY, replicas=5, steps=100, protocol=fresh_only(4), seed=1)
     pushes = trace.kind == PUSH
-    stale = (trace.version - 1 - trace.base)[pushes]
-    np.testing.assert_array_equal(trace.status[pushes] == DROPPED, stale > 4)
+    stale, dropped = updates_missed(trace), trace.status[pushes] == DROPPED
+    np.testing.assert_array_equal(dropped, stale > 4)
     assert trace.lost()["dropped"] == (stale > 4).sum() > 0
     assert len(stale) == 100, "a dropped push counts a version"
 
@@ -287,3 +296,118 @@ def test_a_large_bound_is_never_felt():
 def test_a_bound_that_is_not_allowed_is_named(bound):
     with pytest.raises(ValueError, match=f"bound={bound}"):
         dbjax.ssp(bound)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("threshold", [1, 3, 6])
+def test_a_threshold_drops_what_has_missed_as_many_updates(threshold, seed):
+    """And is not fed up by what it drops itself: those are no updates."""
+    trace = dbjax.simulate(
+        UNEVEN, replicas=8, shards=2, steps=300, seed=seed,
+        protocol=dbjax.delay_threshold(threshold),
+    )  # fmt: skip
+    for shard in (0, 1):
+        pushes = trace.take((trace.kind == PUSH) & (trace.shard == shard))
+        late = updates_missed(trace, shard) >= threshold
+        np.testing.assert_array_equal(pushes.status == DROPPED, late)
+        assert 0 < np.count_nonzero(late) < 290
+    assert len(trace.staleness()) == 300
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_threshold_that_nobody_reaches_is_asynchronous(seed):
+    want = order_of(dbjax.asynchronous(), seed)
+    for threshold in (300, np.inf):
+        got = order_of(dbjax.delay_threshold(threshold), seed)
+        assert sorted(got.T.tolist()) == sorted(want.T.tolist())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("latency", LATENCIES)
+@pytest.mark.parametrize("outages", OUTAGES)
+@pytest.mark.parametrize("backups", [1, 2, 7])
+def test_rounds_with_backups_are_the_same_on_every_shard(
+    backups, outages, latency, seed
+):
+    """A round's pushes have seen all before it, and nothing of it; so has its next."""
+    cluster = dbjax.Cluster(
+        step_time=dbjax.Gamma(1.0, 2.0), latency=latency, slow=dbjax.Slow(0.3, 5.0),
+        shard_service=[0.0, 0.1, dbjax.Exponential(0.2)][seed], **outages,
+    )  # fmt: skip
+    protocol = dbjax.synchronous(backups=backups)
+    keywords = {"replicas": 6, "shards": 2, "steps": 83, "warmstart_steps": 3 * seed}
+    trace = dbjax.simulate(cluster, protocol=protocol, seed=seed, **keywords)
+    who = []
+    for shard in (0, 1):
+        pushes = trace.take((trace.kind == PUSH) & (trace.shard == shard))
+        pushes = pushes.take(np.argsort(pushes.version))
+        taken = pushes.status != DROPPED
+        missed = updates_missed(trace, shard)[taken]
+        new = np.flatnonzero(missed == 0)
+        rounds = np.diff([*new, len(missed)])
+        np.testing.assert_array_equal(
+            missed, np.arange(len(missed)) - new.repeat(rounds)
+        )
+        who.append(set(zip(pushes.replica[taken], pushes.id[taken], strict=True)))
+        if not outages and not seed:
+            needed = max(6 - backups, 1)
+            assert set(rounds[:-8]) == {needed}
+            assert backups < 7 or not set(rounds) - {1}
+    assert who[0] == who[1], "what is late is so on every shard"
+    always = protocol._replace(by_slowest=False)
+    again = dbjax.simulate(cluster, protocol=always, seed=seed, **keywords)
+    assert trace.diff(again) is None, "asking only where something has changed"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_backups_spare_a_round_its_slowest(seed):
+    speeds = (1.0,) * 6 + (0.05,) * 2
+    cluster, ends = dbjax.Cluster(step_time=dbjax.Gamma(1.0, 2.0), speeds=speeds), []
+    for backups in (0, 2):
+        trace = dbjax.simulate(
+            cluster, replicas=8, steps=400, seed=seed,
+            protocol=dbjax.synchronous(backups=backups),
+        )  # fmt: skip
+        taken = (trace.kind == PUSH) & (trace.status != DROPPED)
+        ends.append(np.sort(trace.time[taken])[300])
+    assert ends[1] < 0.5 * ends[0]
+
+
+@pytest.mark.parametrize("latency", LATENCIES)
+@pytest.mark.parametrize("every", [2, 5])
+def test_a_round_of_several_minibatches_waits_once(every, latency):
+    """And each push has seen all pushes of the round before."""
+    cluster = dbjax.Cluster(step_time=dbjax.Gamma(1.0, 2.0), latency=latency)
+    keywords = {"replicas": 4, "shards": 2, "steps": 40 * every, "seed": 1}
+    keywords |= {"n_fetch": every, "n_push": every}
+    ends = []
+    for per_round in (every, 1):
+        protocol = dbjax.synchronous(every=per_round)
+        trace = dbjax.simulate(cluster, protocol=protocol, **keywords)
+        bases = np.sort(trace.base[(trace.kind == PUSH) & (trace.shard == 0)])
+        np.testing.assert_array_equal(bases, np.arange(40) // 4 * 4)
+        ends.append(trace.time.max())
+    assert ends[0] < ends[1], "a barrier a minibatch takes longer"
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: dbjax.synchronous(every=0), "every=0"),
+        (lambda: dbjax.synchronous(backups=-1), "backups=-1"),
+        (lambda: dbjax.synchronous(every=2, backups=1), "every=2 and backups=1"),
+        (lambda: dbjax.delay_threshold(0), "threshold=0"),
+        (lambda: dbjax.delay_threshold(1.5), "threshold=1.5"),
+    ],
+)
+def test_arguments_that_are_not_allowed_are_named(make, named):
+    with pytest.raises(ValueError, match=named):
+        make()
+
+
+@pytest.mark.parametrize("given", [{"n_push": 2}, {"overlap": True}])
+def test_backups_need_a_push_after_each_minibatch(given):
+    with pytest.raises(ValueError, match=next(iter(given))):
+        dbjax.simulate(
+            UNEVEN, replicas=4, steps=8, protocol=dbjax.synchronous(backups=1), **given
+        )
