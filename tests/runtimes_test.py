@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import dbjax
+from dbjax import downpour
 from dbjax.downpour.protocol import Protocol
 from dbjax.runtime.threads import Crew
 from dbjax.trace import COMPUTE, FETCH, PUSH
@@ -65,6 +66,25 @@ CASES = {
     "local steps": {"n_fetch": 3, "n_push": 2, "local_optimizer": problems.SGD},
     "more replicas than steps": {"replicas": 9, "steps": 4, "n_push": 2},
 }
+
+
+ALONE = {
+    "averaging": downpour.parameter_averaging(problems.SGD, replicas=3, every=4),
+    "diloco": downpour.diloco(problems.SGD, replicas=3, every=4),
+    "async diloco": downpour.async_diloco(problems.SGD, replicas=3, every=(4, 2, 1)),
+    "easgd": downpour.easgd(problems.SGD, replicas=3, every=2),
+}
+
+
+@pytest.mark.parametrize("method", ALONE)
+def test_replicas_that_train_by_themselves_are_replayed(runtime, method):
+    """Also where a fetch does not replace what they have."""
+    settings = ALONE[method]
+    run = train(runtime, shards=2, steps=36, **settings)
+    problems.assert_replays(run, **settings)
+    run.trace.validate()
+    start, end = (problems.loss_fn(p, DATA.batch(0, 0)) for p in (PARAMS, run.params))
+    assert end < 0.9 * start
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -317,3 +317,63 @@ def _along(loss, x, d):
         return value, d @ g
 
     return phi
+
+
+# Replicas that train by themselves. `gradient(w, replica, minibatch)`.
+
+
+def averaged(gradient, w, eta: float, replicas: int, every: int, rounds: int):
+    """Parameter averaging: all set out from w, and w is the mean of where they get."""
+    for turn in range(rounds):
+        ends = []
+        for replica in range(replicas):
+            x = w
+            for step in range(turn * every, (turn + 1) * every):
+                x = x - eta * gradient(x, replica, step)
+            ends.append(x)
+        w = sum(ends) / replicas
+    return w
+
+
+def diloco(gradient, w, eta, replicas, every, rounds, rate, momentum):
+    """DiLoCo, algorithm 1: with SGD inside, and Nesterov's momentum outside."""
+    m = 0 * w
+    for turn in range(rounds):
+        outer = 0 * w
+        for replica in range(replicas):
+            x = w
+            for step in range(turn * every, (turn + 1) * every):
+                x = x - eta * gradient(x, replica, step)
+            outer = outer + (w - x) / replicas
+        m = momentum * m + outer
+        w = w - rate * (outer + momentum * m)
+    return w
+
+
+def delayed_nesterov(pushes, rate: float, momentum: float, every: int):
+    """Updates for one push after the other; momentum moves with every so many."""
+    m, updates, gathered = 0 * pushes[0], [], []
+    for g in pushes:
+        gathered.append(g)
+        update = -rate * g / every
+        if len(gathered) == every:
+            m, gathered = momentum * m + sum(gathered) / every, []
+            update = update - rate * momentum * m
+        updates.append(update)
+    return updates
+
+
+def easgd(gradient, start, eta: float, alpha: float, turns, every: int):
+    """Asynchronous EASGD, algorithm 1: turns are replicas, in the order they come.
+
+    Each takes `every` steps by itself, and then it and the centre draw each other.
+    """
+    centre, x, step = start, {}, {}
+    for replica in turns:
+        here, first = x.get(replica, start), step.get(replica, 0)
+        for minibatch in range(first, first + every):
+            here = here - eta * gradient(here, replica, minibatch)
+        e = alpha * (here - centre)
+        x[replica], centre = here - e, centre + e
+        step[replica] = first + every
+    return centre

@@ -3,7 +3,10 @@
 import operator
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from dbjax.downpour.protocol import Protocol
 from dbjax.typing import EvalFn
@@ -16,8 +19,8 @@ class Arguments(NamedTuple):
       replicas: number of model replicas.
       shards: number of shards of the parameter server.
       steps: minibatches processed by all replicas together.
-      n_fetch: minibatches between a replica's fetches.
-      n_push: minibatches between its pushes.
+      n_fetch: minibatches between a replica's fetches, of all or of each.
+      n_push: minibatches between its pushes, likewise.
       overlap: whether both run beside the next minibatch.
       warmstart_steps: steps that replica 0 takes alone.
       protocol: who may go on, and whose push is taken.
@@ -30,8 +33,8 @@ class Arguments(NamedTuple):
     replicas: int
     shards: int
     steps: int
-    n_fetch: int
-    n_push: int
+    n_fetch: int | tuple[int, ...]
+    n_push: int | tuple[int, ...]
     overlap: bool
     warmstart_steps: int
     protocol: Protocol
@@ -40,18 +43,26 @@ class Arguments(NamedTuple):
     checkpoint_dir: pathlib.Path | None = None
     checkpoint_every: int | None = None
 
+    def of_each(self, period: int | tuple[int, ...]) -> tuple[int, ...]:
+        """Give `n_fetch` or `n_push` of each replica, `[R]`."""
+        return (period,) * self.replicas if isinstance(period, int) else period
+
     def describe(self) -> dict[str, Any]:
         """Those that decide the order of a run, JSON-able."""
         return {
             "replicas": self.replicas,
             "shards": self.shards,
             "steps": self.steps,
-            "n_fetch": self.n_fetch,
-            "n_push": self.n_push,
+            "n_fetch": _plain(self.n_fetch),
+            "n_push": _plain(self.n_push),
             "overlap": self.overlap,
             "warmstart_steps": self.warmstart_steps,
             "protocol": self.protocol.name,
         }
+
+
+def _plain(period: int | tuple[int, ...]) -> int | list[int]:
+    return period if isinstance(period, int) else list(period)
 
 
 def whole(name: str, value: Any, least: int) -> int:
@@ -81,6 +92,19 @@ def whole(name: str, value: Any, least: int) -> int:
     return number
 
 
+def _period(name: str, value: Any, replicas: int) -> int | tuple[int, ...]:
+    """Check a period, or those of all replicas; where all are the same it is one."""
+    if not isinstance(value, Sequence | np.ndarray) or np.ndim(value) == 0:
+        return whole(name, value, 1)
+    if len(value) != replicas:
+        raise ValueError(
+            f"{name} must be one number, or one for each of the {replicas} replicas; "
+            f"got {len(value)}."
+        )
+    each = tuple(whole(f"{name}[{r}]", one, 1) for r, one in enumerate(value))
+    return each[0] if len(set(each)) == 1 else each
+
+
 def check_arguments(**given: Any) -> Arguments:
     """Check and complete the arguments.
 
@@ -93,8 +117,10 @@ def check_arguments(**given: Any) -> Arguments:
     Raises:
       ValueError: naming the argument, its value, and what is allowed.
     """
-    for name in ("replicas", "shards", "steps", "n_fetch", "n_push"):
+    for name in ("replicas", "shards", "steps"):
         given[name] = whole(name, given[name], 1)
+    for name in ("n_fetch", "n_push"):
+        given[name] = _period(name, given[name], given["replicas"])
     given["warmstart_steps"] = whole("warmstart_steps", given["warmstart_steps"], 0)
     for name in ("eval_every", "checkpoint_every"):
         if given.get(name) is not None:
@@ -106,7 +132,7 @@ def check_arguments(**given: Any) -> Arguments:
             f"protocol must be a Protocol, say asynchronous(); got "
             f"{given['protocol']!r}."
         )
-    if given["protocol"].by_push and given["n_push"] > 1:
+    if given["protocol"].by_push and given["n_push"] != 1:
         raise ValueError(
             f"n_push must be 1 where the protocol is {given['protocol'].name}; got "
             f"{given['n_push']}."

@@ -192,7 +192,9 @@ class Exact:
                 params, state = self.local[row.replica]
             else:
                 params = self._held(row)
-                state = self.local.get(row.replica, (None, None))[1]
+                own, state = self.local.get(row.replica, (None, None))
+                if problem.approach is not None and own is not None:
+                    params = problem.call(0, problem.approach, own, params)
             gradients, finite = self._gradient(row, params)
         with _named(row):
             finite = bool(finite)
@@ -202,7 +204,8 @@ class Exact:
                 state = problem.call(0, problem.local_init, params)
             if finite:
                 step = problem.local_step
-                params, state = problem.call(0, step, params, state, gradients)
+                params, state, pushed = problem.call(0, step, params, state, gradients)
+                gradients = gradients if pushed is None else pushed
             self.local[row.replica], self.lives[row.replica] = (params, state), row.life
         if row.first:
             self.accrued[into], self.finite[into] = gradients, finite

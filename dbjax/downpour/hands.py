@@ -27,13 +27,17 @@ class ReplicaHands:
         self.local_state: Any = None
 
     def install(self, fetched: list[Fetched]) -> None:
-        """Take the shards' parameters: they replace the replica's own."""
+        """Take the shards' parameters: they replace the replica's own, or draw them."""
         if self.accrued_count and "stale_params" in self.problem.provide:
             # The oldest version is let go now, but its push is yet to come.
             self.base = [one._replace(params=copy(one.params)) for one in self.base]
         self.fetched = fetched
         parts = tuple(self.problem.publish(one.params) for one in fetched)
+        own, approach = self.params, self.problem.approach
         self.params = self.problem.fetch(parts, self.replica)
+        if approach is not None and own is not None:
+            me = self.replica
+            self.params = self.problem.call(me, approach, own, self.params)
 
     def compute(self, batch: int, step: int) -> None:
         """Add the gradient of minibatch `batch` to the accrued gradients."""
@@ -45,9 +49,10 @@ class ReplicaHands:
             if self.local_state is None:
                 self.local_state = problem.call(me, problem.local_init, self.params)
             if finite:
-                self.params, self.local_state = problem.call(
+                self.params, self.local_state, pushed = problem.call(
                     me, problem.local_step, self.params, self.local_state, gradients
                 )
+                gradients = gradients if pushed is None else pushed
         if self.accrued_count:
             self.accrued = problem.call(me, problem.accrue, self.accrued, gradients)
         else:
@@ -76,7 +81,9 @@ class ReplicaHands:
 
     def let_go(self) -> None:
         """Give up the shards' parameters: others come before they are used again."""
-        self.params, self.fetched, self.base = None, [], []
+        self.fetched, self.base = [], []
+        if self.problem.approach is None:
+            self.params = None
 
     def _seen(self, params: Params) -> Params:
         """A version as the gradient saw it, if the optimizer asks for that."""

@@ -22,6 +22,7 @@ from dbjax.loss import (
     shapes_of,
 )
 from dbjax.mesh import Rules, batch_sharding, check_memory, device_memory
+from dbjax.optim.local import MOVEMENT, POSITION, LocalRule, as_local_rule
 from dbjax.runtime.launch import launch, turn
 from dbjax.server.layout import Layout
 from dbjax.server.placement import Placement
@@ -38,8 +39,10 @@ class Problem:
     larger; the jitted `gradient`, `accrue`, `split`, `merge`, `local_step` and `shard`
     are what live replicas and the exact executor call, one after the other. Where
     replicas are partitioned, `placement` says how, and programs on the devices of a
-    replica go through `call`. `recipe` is what `assemble` was given beside parameters,
-    data and places: another process makes the same of it.
+    replica go through `call`. `local_step` also gives what is pushed in place of the
+    gradients, if anything is, and `approach` what a fetch makes of a replica's own
+    parameters, if it does not replace them. `recipe` is what `assemble` was given
+    beside parameters, data and places: another process makes the same of it.
     """
 
     params: Params
@@ -54,9 +57,10 @@ class Problem:
     accrue: Callable[[Gradients, Gradients], Gradients]
     split: Callable[[Params], tuple[Params, ...]]
     merge: Callable[..., Params]
-    local_optimizer: optax.GradientTransformation | None
+    local_optimizer: LocalRule | None
     local_init: Callable[[Params], Any] | None
-    local_step: Callable[..., tuple[Params, Any]] | None
+    local_step: Callable[..., tuple[Params, Any, Any]] | None
+    approach: Callable[[Params, Params], Params] | None
     version_dtype: Any
     per_shard: bool
     seed: int | None
@@ -179,7 +183,7 @@ def make_problem(
     shards: int,
     replicas: int = 1,
     provide: tuple[str, ...] = (),
-    local_optimizer: optax.GradientTransformation | None = None,
+    local_optimizer: optax.GradientTransformation | LocalRule | None = None,
     split: str = "even",
     per_shard: bool = False,
     version_dtype: Any = None,
@@ -247,8 +251,9 @@ def assemble(
     Returns:
       The problem.
     """
-    loss_fn, optimizer = recipe["loss_fn"], recipe["optimizer"]
-    local_optimizer, rng = recipe["local_optimizer"], recipe["rng"]
+    loss_fn, optimizer, rng = recipe["loss_fn"], recipe["optimizer"], recipe["rng"]
+    rule = recipe["local_optimizer"]
+    rule = None if rule is None else as_local_rule(rule)
     has_aux, seed = recipe["has_aux"], recipe["seed"]
     gradient_fn = make_gradient(loss_fn, rng=rng, has_aux=has_aux, seed=seed)
 
@@ -257,9 +262,22 @@ def assemble(
         return gradients, all_finite(gradients)
 
     def local_step(params: Params, state: Any, gradients: Gradients) -> Any:
-        assert local_optimizer is not None
-        updates, state = local_optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
+        assert rule is not None
+        updates, state = rule.optimizer.update(gradients, state, params)
+        new = optax.apply_updates(params, updates)
+        pushed = None  # the gradients, which are there
+        if rule.push == MOVEMENT:
+            pushed = jax.tree.map(jnp.subtract, params, new)
+        elif rule.push == POSITION:
+            pushed = new
+        return new, state, pushed
+
+    def accrue(sum_: Any, more: Any) -> Any:
+        return jax.tree.map(jnp.add, sum_, more)
+
+    def approach(own: Params, fetched: Params) -> Params:
+        assert rule is not None
+        return jax.tree.map(lambda x, w: x + rule.attraction * (w - x), own, fetched)
 
     specs = None
     split_fn: Callable[..., Any] = layout.split
@@ -284,14 +302,17 @@ def assemble(
             else jax.jit(gradient_fn, out_shardings=specs)
         ),
         finite=jax.jit(all_finite),
-        accrue=jax.jit(
-            lambda sum_, more: jax.tree.map(jnp.add, sum_, more), donate_argnums=(0,)
+        accrue=(
+            (lambda before, now: now)
+            if rule is not None and rule.push == POSITION
+            else jax.jit(accrue, donate_argnums=(0,))
         ),
         split=split_fn,
         merge=merge_fn,
-        local_optimizer=local_optimizer,
-        local_init=None if local_optimizer is None else jax.jit(local_optimizer.init),
-        local_step=None if local_optimizer is None else jax.jit(local_step),
+        local_optimizer=rule,
+        local_init=None if rule is None else jax.jit(rule.optimizer.init),
+        local_step=None if rule is None else jax.jit(local_step),
+        approach=(None if rule is None or rule.attraction == 1 else jax.jit(approach)),
         version_dtype=recipe["version_dtype"],
         per_shard=recipe["per_shard"],
         seed=seed if rng else None,
@@ -360,14 +381,12 @@ def _check_kinds(
             f"data must give batch(replica, step), as from_arrays does; a "
             f"{type(data).__name__} does not"
         )
-    rules = {"optimizer": optimizer}
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(
+            f"optimizer must be an optax.GradientTransformation, got {optimizer!r}"
+        )
     if local_optimizer is not None:
-        rules["local_optimizer"] = local_optimizer
-    for name, rule in rules.items():
-        if not (hasattr(rule, "init") and hasattr(rule, "update")):
-            raise TypeError(
-                f"{name} must be an optax.GradientTransformation, got {rule!r}"
-            )
+        as_local_rule(local_optimizer)
     if version_dtype is None:
         return
     try:

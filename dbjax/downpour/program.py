@@ -26,7 +26,12 @@ def make_program(
         begin=replica.begin,
         advance=replica.advance,
         state=replica.ReplicaState(),
-        periods=replica.Periods(a.n_fetch, a.n_push, a.overlap),
+        periods=[
+            replica.Periods(n_fetch, n_push, a.overlap)
+            for n_fetch, n_push in zip(
+                a.of_each(a.n_fetch), a.of_each(a.n_push), strict=True
+            )
+        ],
         tickets=Tickets(a.steps, a.protocol, a.warmstart_steps, first, again),
         wait=WAIT,
         requests=Requests(

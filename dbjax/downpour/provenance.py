@@ -47,14 +47,15 @@ def describe_problem(problem: Problem) -> dict[str, str]:
     def state(rule: Any) -> str:
         return "none" if rule is None else shapes(jax.eval_shape(rule.init, params))
 
-    params = problem.params
+    params, local = problem.params, problem.local_optimizer
     return {
         "params": shapes(params),
         "a start of checksum": str(digest(params)),
         "seed": str(problem.seed),
         "split": ", ".join(map(str, problem.layout.sizes)),
         "optimizer state": state(problem.optimizer),
-        "local_optimizer state": state(problem.local_optimizer),
+        "local_optimizer state": state(local and local.optimizer),
+        "local_optimizer": "none" if local is None else str(local[1:]),
         "batches of": ", ".join(map(str, problem.batch_spec[1:])),
         "provide": ", ".join(problem.provide),
         "version_dtype": str(problem.version_dtype),

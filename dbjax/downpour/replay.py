@@ -17,6 +17,7 @@ from dbjax.downpour.problem import Problem, make_problem
 from dbjax.downpour.recycled import Recycled
 from dbjax.downpour.run import Run, make_info, peak_copies
 from dbjax.mesh import Rules
+from dbjax.optim.local import LocalRule
 from dbjax.runtime.base import MOST_REJECTED, RejectedTooOften
 from dbjax.trace import COMPUTE, NOT_FINITE, PUSH, TAKEN, Trace
 from dbjax.typing import Data, EvalFn, LossFn, Params
@@ -38,7 +39,7 @@ def replay(
     exact: bool = True,
     verify: bool = False,
     provide: tuple[str, ...] = (),
-    local_optimizer: optax.GradientTransformation | None = None,
+    local_optimizer: optax.GradientTransformation | LocalRule | None = None,
     split: str = "even",
     per_shard: bool = False,
     version_dtype: Any = None,
@@ -64,7 +65,7 @@ def replay(
         faster.
       verify: check the parameters against the digests in the Trace.
       provide: extra arguments for the optimizer's update, as in `train`.
-      local_optimizer: the replica's own step between fetches.
+      local_optimizer: the replica's own step between fetches, or a `LocalRule`.
       split: as in `train`.
       per_shard: as in `train`.
       version_dtype: keep versions in flight in this dtype, say bfloat16.

@@ -26,8 +26,8 @@ def simulate(
     replicas: int,
     shards: int = 1,
     steps: int,
-    n_fetch: int = 1,
-    n_push: int = 1,
+    n_fetch: int | Sequence[int] = 1,
+    n_push: int | Sequence[int] = 1,
     seed: int = 0,
     protocol: Protocol = _ASYNCHRONOUS,
     overlap: bool = False,
@@ -41,7 +41,8 @@ def simulate(
       replicas: number of model replicas.
       shards: number of shards of the parameter server.
       steps: minibatches processed by all replicas together.
-      n_fetch: a replica fetches before every `n_fetch`-th of its minibatches.
+      n_fetch: a replica fetches before every `n_fetch`-th of its minibatches; one
+        number, or one for each replica.
       n_push: it pushes after every `n_push`-th, and once more at the end for the rest.
       seed: seed of all draws.
       protocol: who may go on, and whose push is taken.
@@ -99,7 +100,8 @@ def simulate_run(
     """
     a, columns = arguments, None
     waits = a.overlap or not a.protocol.free_running
-    if not (waits or a.protocol.takes or cluster.queues or cluster.fails):
+    slow = waits or a.protocol.takes or cluster.queues or cluster.fails
+    if isinstance(a.n_fetch, int) and isinstance(a.n_push, int) and not slow:
         run = free_running.Run(
             cluster=cluster,
             seed=seed,

@@ -1,6 +1,7 @@
 """`train`: Downpour SGD, emulated, on threads or on Ray, from loss to parameters."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import optax
@@ -13,6 +14,7 @@ from dbjax.downpour.problem import make_problem
 from dbjax.downpour.protocol import Protocol, asynchronous
 from dbjax.downpour.run import Run
 from dbjax.mesh import Rules
+from dbjax.optim.local import LocalRule
 from dbjax.runtime.emulated import Emulated
 from dbjax.runtime.ray import Ray
 from dbjax.runtime.threads import Threads
@@ -30,10 +32,10 @@ def train(
     replicas: int = 1,
     shards: int = 1,
     steps: int,
-    n_fetch: int = 1,
-    n_push: int = 1,
+    n_fetch: int | Sequence[int] = 1,
+    n_push: int | Sequence[int] = 1,
     overlap: bool = False,
-    local_optimizer: optax.GradientTransformation | None = None,
+    local_optimizer: optax.GradientTransformation | LocalRule | None = None,
     warmstart_steps: int = 0,
     protocol: Protocol = _ASYNCHRONOUS,
     provide: tuple[str, ...] = (),
@@ -67,10 +69,12 @@ def train(
       replicas: number of model replicas.
       shards: number of shards of the parameter server.
       steps: minibatches processed by all replicas together.
-      n_fetch: a replica fetches before every `n_fetch`-th of its minibatches.
+      n_fetch: a replica fetches before every `n_fetch`-th of its minibatches; one
+        number, or one for each replica.
       n_push: it pushes after every `n_push`-th, and once more at the end for the rest.
       overlap: fetches and pushes run beside the next minibatch; a fetch lands later.
-      local_optimizer: the replica's own step on its parameters between fetches.
+      local_optimizer: the replica's own step on its parameters between fetches; a
+        `LocalRule` also says what it pushes, and what a fetch changes.
       warmstart_steps: steps that replica 0 takes alone, before the others begin.
       protocol: who may go on, and whose push is taken.
       provide: extra arguments for the optimizer's update: "staleness", "stale_params".

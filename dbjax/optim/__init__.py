@@ -1,5 +1,8 @@
 """How gradients become steps: optax transformations, pure and not distributed."""
 
+from dbjax.optim.accumulating import delayed_nesterov as delayed_nesterov
+from dbjax.optim.accumulating import elastic as elastic
+from dbjax.optim.accumulating import softsync as softsync
 from dbjax.optim.adagrad import ScaleByAdagradState as ScaleByAdagradState
 from dbjax.optim.adagrad import adagrad as adagrad
 from dbjax.optim.adagrad import scale_by_adagrad as scale_by_adagrad
@@ -13,6 +16,7 @@ from dbjax.optim.lbfgs import LBFGSState as LBFGSState
 from dbjax.optim.lbfgs import ScaleByLBFGSState as ScaleByLBFGSState
 from dbjax.optim.lbfgs import lbfgs as lbfgs
 from dbjax.optim.lbfgs import scale_by_lbfgs as scale_by_lbfgs
+from dbjax.optim.local import LocalRule as LocalRule
 from dbjax.optim.minimize import MinimizeResult as MinimizeResult
 from dbjax.optim.minimize import minimize as minimize
 from dbjax.optim.stale import DelayGradientsState as DelayGradientsState

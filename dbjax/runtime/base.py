@@ -1,6 +1,6 @@
 """What a runtime is given: a program, that is an actor, its periods and its desk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 
@@ -29,7 +29,8 @@ class Program(NamedTuple):
       begin: `(state) -> state`, the state in which a replica starts, or starts again.
       advance: `(state, periods, ticket=None) -> state`, after a request is served.
       state: the state before the beginning.
-      periods: given to `advance`; with `periods.overlap` a fetch is not awaited.
+      periods: of each replica, given to `advance`; with `overlap` a fetch is not
+        awaited.
       tickets: the desk, used up by one run.
       wait: the desk's answer that means: ask again later.
       requests: the actor's words.
@@ -40,7 +41,7 @@ class Program(NamedTuple):
     begin: Callable[[Any], Any]
     advance: Callable[..., Any]
     state: Any
-    periods: Any
+    periods: Sequence[Any]
     tickets: Any
     wait: int
     requests: Requests

@@ -53,7 +53,7 @@ class Events:
         self._wait, self._desk = program.wait, program.tickets
         self._free = self._desk.protocol.free_running
         self._gated = self._desk.gated
-        self._overlap = self._periods.overlap
+        self._overlap = self._periods[0].overlap
         self._cluster, self._seed, self._shard_bytes = cluster, seed, shard_bytes
         self._rows = Rows()
         takes = self._desk.protocol.takes
@@ -166,7 +166,7 @@ class Events:
             self._base[replica] = self._versions[replica]
         self._newest[replica] = state.step
         self._finished[replica] = True
-        self._state[replica] = self._advance(state, self._periods)
+        self._state[replica] = self._advance(state, self._periods[replica])
         if self._network.draws:
             self._network.next_turn(replica)
         self._go(replica, now)
@@ -188,7 +188,7 @@ class Events:
 
     def _go(self, replica: int, now: float) -> None:
         """Carry out one request after the other, until one takes time."""
-        asks, advance, periods = self._asks, self._advance, self._periods
+        asks, advance, periods = self._asks, self._advance, self._periods[replica]
         network, state = self._network, self._state[replica]
         push, handled = None, now
         if self._overlap:
@@ -329,7 +329,7 @@ class Events:
         replica, then = message.replica, message.then
         if then == _COMPUTE:
             self._fetched(message, message.over, message.stands)
-            state = self._advance(self._state[replica], self._periods)
+            state = self._advance(self._state[replica], self._periods[replica])
             self._compute(replica, message.over, state)
         elif then == _FINISH:
             heapq.heappush(self._heap, (message.over, replica, _GO))

@@ -103,7 +103,8 @@ class Life:
         self.program, self.hands, self.around = program, hands, around
         self.state = program.begin(program.state._replace(batch=batch))
         self.newest = -1
-        self._courier = ThreadPoolExecutor(1) if program.periods.overlap else None
+        self._periods = program.periods[replica]
+        self._courier = ThreadPoolExecutor(1) if self._periods.overlap else None
         self._away: list[Future[None]] = []
         self._arrived: tuple[int, float, list[Fetched]] | None = None
         self._jitter, self._random = jitter, random.Random(f"{seed} {replica}")
@@ -164,7 +165,7 @@ class Life:
             self._land(*arrived)
 
     def _advance(self, ticket: int | None = None) -> None:
-        self.state = self.program.advance(self.state, self.program.periods, ticket)
+        self.state = self.program.advance(self.state, self._periods, ticket)
 
     def _fetch(self) -> None:
         step, start, around = self.state.step, self.around.now(), self.around
@@ -209,7 +210,7 @@ class Life:
         around.wait_to_push()
         count = self.hands.count()
         messages = self.hands.push(around.next_id(), step)
-        fetches = self.state.batch % self.program.periods.n_fetch == 0
+        fetches = self.state.batch % self._periods.n_fetch == 0
         stale = any(message.stale_params is not None for message in messages)
         if self._courier is None and fetches and not stale:
             # So that a version which only this replica has seen is updated in place.

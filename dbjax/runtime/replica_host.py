@@ -58,7 +58,7 @@ class ReplicaHost:
         self._gated, self._state_of, self._hands = gated, state_of, hands
         self._around = _Away(
             replica, life, shards, shard_bytes, next_id, zero, timeout,
-            combine=not gated and not program.periods.overlap,
+            combine=not gated and not program.periods[replica].overlap,
         )  # fmt: skip
         self._life = Life(program, hands, self._around, replica, batch)
 
