@@ -78,7 +78,7 @@ def _updates(name: str, exact: bool, options: Options) -> list[Row]:
             runs["scan"] = scan_loop(params, data, plan, tx, chunk)
         sides[f"{executor}, {shards} shard" + "s" * (shards > 1)] = machine
         slots = max(slots, plan.slots)
-    runs |= {label: _walker(machine) for label, machine in sides.items()}
+    runs |= {label: walker(machine) for label, machine in sides.items()}
     warm = math.ceil(max(segment, slots + 4) / chunk) * chunk
     times = interleave(runs, segment, warm, options.rounds)
     base = min(("host loop", "scan"), key=times.median)
@@ -102,7 +102,8 @@ def _updates(name: str, exact: bool, options: Options) -> list[Row]:
     return rows
 
 
-def _walker(machine: Any) -> Callable[[int], None]:
+def walker(machine: Any) -> Callable[[int], None]:
+    """Give what walks so many rows more, and waits for them."""
     # Shards in step are cut up once, at the very end.
     machine = getattr(machine, "machine", machine)
 
