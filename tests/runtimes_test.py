@@ -87,6 +87,25 @@ def test_replicas_that_train_by_themselves_are_replayed(runtime, method):
     assert end < 0.9 * start
 
 
+PROTOCOLS = [
+    dbjax.synchronous(), dbjax.synchronous(backups=1), dbjax.synchronous(backups=2),
+    dbjax.ssp(1), dbjax.delay_threshold(2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: protocol.name)
+def test_a_run_that_is_held_still_for_its_checkpoints_goes_on(
+    runtime, protocol, tmp_path
+):
+    """Nobody is kept waiting for those who wait until it is over."""
+    run = train(
+        runtime, steps=40, shards=2, protocol=protocol, checkpoint_dir=tmp_path,
+        checkpoint_every=3,
+    )  # fmt: skip
+    assert run.info.steps == 40
+    assert sorted(run.trace.step[run.trace.kind == COMPUTE]) == list(range(40))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_does_what_the_textbook_does(runtime, case):
     """From what its Trace says, by plain loops; and nothing is dropped."""

@@ -99,6 +99,11 @@ class Clocks:
         """A replica has finished a minibatch."""
         self._rounds.put(replica, self.rounds[replica] + 1)
 
+    def is_awaited(self, replica: int) -> bool:
+        """Whether others have begun a round, and may wait for it to begin that, too."""
+        begun = self.begun
+        return replica in begun and begun[replica] < max(begun.values())
+
     def leave(self, replica: int) -> None:
         """A replica is gone: nobody waits for it any more."""
         self._rounds.remove(replica)
@@ -198,6 +203,11 @@ class SharedRounds(Clocks):
         super().tick(replica)
         self._pushed += replica in self._in_time
         self._drop(replica)
+
+    def is_awaited(self, replica: int) -> bool:
+        """See `Clocks.is_awaited`: the round needs more members."""
+        waits = bool(self._members) and not self._is_complete
+        return waits and replica in self.rounds and self.may_begin(replica)
 
     def leave(self, replica: int) -> None:
         """See `Clocks.leave`; a round needs fewer pushes from then on."""

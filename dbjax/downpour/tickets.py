@@ -124,9 +124,8 @@ class Tickets:
         return [replica for replica in waiting if may_push(clocks, replica)]
 
     def is_awaited(self, replica: int) -> bool:
-        """Whether others have begun a round, and may wait for it to begin that, too."""
-        begun = self.clocks.begun
-        return self.gated and replica in begun and begun[replica] < max(begun.values())
+        """Whether others wait for it to begin a minibatch."""
+        return self.gated and self.clocks.is_awaited(replica)
 
     def done(self, replica: int) -> None:
         """A replica has finished a minibatch, and its push if one was due."""
