@@ -614,6 +614,24 @@ def test_replicas_that_computed_nothing_have_the_typical_speed():
     assert fitted.speeds[0] == 1.0
 
 
+@pytest.mark.parametrize("latency", [0.0, 0.05])
+def test_fit_counts_what_a_replica_does_between_two_steps(latency):
+    """A record in which a step's last fifth is no row's time: it is fitted whole."""
+    known = Cluster(step_time=1.0, speeds=(1.0, 0.5), latency=latency)
+    whole = dbjax.simulate(known, replicas=2, steps=200, shards=2)
+    computed = whole.kind == COMPUTE
+    seconds = np.where(computed, whole.time - whole.start, 0.0)
+    cut = dataclasses.replace(whole, time=whole.time - 0.2 * seconds)
+    fitted: Any = Cluster.fit(cut)
+    np.testing.assert_allclose(
+        fitted.step_time.mean / np.array(fitted.speeds), [1.0, 2.0], rtol=1e-6
+    )
+    assert fitted.latency.mean == pytest.approx(latency, rel=1e-6, abs=1e-12)
+    header = whole.header | {"protocol": "ssp(1)"}  # which may have made it wait
+    waits: Any = Cluster.fit(dataclasses.replace(cut, header=header))
+    assert waits.step_time.mean / waits.speeds[1] == pytest.approx(1.6)
+
+
 def test_fit_refuses_traces_that_say_nothing():
     trace = record(BUSY)
     with pytest.raises(

@@ -24,7 +24,9 @@ def calibrate(trace: Trace) -> Calibration:
 
     A replica's speed is the median replica's mean step time over its own, so that the
     typical machine has speed 1 and each keeps its mean; one that computed nothing has
-    speed 1. Step times are those recorded times the speed. A latency is half a fetch,
+    speed 1. Step times are those recorded times the speed, and with them what a replica
+    does by itself between two steps while no fetch is under way, its median, unless a
+    protocol may have made it wait. A latency is half a fetch,
     bytes and all, as a record of one problem cannot tell bandwidth from latency, but
     without the handling of the replica's own push, if it waited for that. Shard service
     is how long a push was handled. Failures and joins are not read.
@@ -53,20 +55,45 @@ def calibrate(trace: Trace) -> Calibration:
         )
     owners, steps = trace.replica[computed], seconds[computed]
     replicas = max(int(trace.header["replicas"]), int(owners.max()) + 1)
+    # A duration is a difference of two times, and rounds like the larger of them.
+    rounding = 8 * np.finfo(np.float64).eps * float(np.abs(trace.time).max())
+    if trace.header.get("protocol") == "asynchronous":
+        between = _between(trace, replicas)
+        steps = steps + np.where(between > rounding, between, 0)[owners]
     counts = np.bincount(owners, minlength=replicas)
     means = np.bincount(owners, weights=steps, minlength=replicas)
     means /= np.maximum(counts, 1)
     took_time = means > 0
     means[~took_time] = typical = np.median(means[took_time])
     speeds = typical / means
-    # A duration is a difference of two times, and rounds like the larger of them.
-    rounding = 8 * np.finfo(np.float64).eps * float(np.abs(trace.time).max())
     return Calibration(
         step_time=_distribution(steps * speeds[owners], rounding),
         speeds=tuple(speeds.tolist()),
         latency=_distribution(_on_the_way(trace) / 2, rounding),
         shard_service=_distribution(seconds[trace.kind == PUSH], rounding),
     )
+
+
+def _between(trace: Trace, replicas: int) -> np.ndarray:
+    """Seconds from a replica's step to its next one without a fetch, median, `[R]`."""
+    found = np.zeros(replicas)
+    for replica in range(replicas):
+        mine = trace.take(trace.replica == replica)
+        steps, fetches = mine.take(mine.kind == COMPUTE), mine.take(mine.kind == FETCH)
+        if len(steps) < 2:
+            continue
+        steps = steps.take(np.argsort(steps.time))
+        begin, end = steps.time[:-1], steps.start[1:]
+        # The gap that each fetch lands in, if it lands in one; several shards' are one.
+        gap = np.searchsorted(end, fetches.time)
+        lands = (gap < len(end)) & (fetches.time > begin[np.minimum(gap, len(end) - 1)])
+        gap, fetches = gap[lands], fetches.take(lands)
+        first, last = end.copy(), begin.copy()
+        np.minimum.at(first, gap, fetches.start)
+        np.maximum.at(last, gap, fetches.time)
+        covered = np.maximum(last - np.maximum(first, begin), 0)
+        found[replica] = np.median(end - begin - covered)
+    return found
 
 
 def _on_the_way(trace: Trace) -> np.ndarray:
