@@ -29,7 +29,7 @@ from experiments.bench_problems import SIZES, examples, initial, interleave, los
 from experiments.bench_table import Options, Row, list_of, make_parser, run
 
 STALENESS, STALE = ("staleness",), ("stale_params",)
-LIMITS = {STALENESS: 1.05, STALE: 1.2}
+LIMITS: dict[tuple[str, ...], float] = {STALENESS: 1.05, STALE: 1.2}
 
 
 class Rule(NamedTuple):
