@@ -3,6 +3,7 @@
 from dbjax import downpour as downpour
 from dbjax import models as models
 from dbjax import sandblaster as sandblaster
+from dbjax import schedules as schedules
 from dbjax.cluster import Cluster as Cluster
 from dbjax.cluster import Constant as Constant
 from dbjax.cluster import Empirical as Empirical
@@ -83,6 +84,7 @@ __all__ = [
     "replay",
     "sandblaster",
     "scale_by_lbfgs",
+    "schedules",
     "shard_params",
     "simulate",
     "ssp",

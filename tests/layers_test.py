@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent / "dbjax"
 # the room; rooms on one level do not import each other.
 LEVELS = (
     ("typing",),
-    ("trees", "mesh", "loss", "data", "trace", "checkpoint"),
+    ("trees", "mesh", "loss", "data", "trace", "schedules", "checkpoint"),
     ("cluster", "models", "optim", "server"),
     ("runtime",),
     ("downpour", "sandblaster"),

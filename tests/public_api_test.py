@@ -59,6 +59,7 @@ PUBLIC = {
     # optimizers
     "adagrad",
     "delay_gradients",
+    "schedules",
     "lbfgs",
     "scale_by_lbfgs",
     "stale",
@@ -79,9 +80,9 @@ def test_nothing_else_is_in_sight():
         assert module.__name__ == f"dbjax.{name}"
 
 
-def test_only_the_two_algorithms_and_the_models_are_rooms_with_a_public_door():
+def test_only_algorithms_models_and_schedules_are_rooms_with_a_public_door():
     rooms = {name for name in PUBLIC if inspect.ismodule(getattr(dbjax, name))}
-    assert rooms == {"downpour", "sandblaster", "models"}
+    assert rooms == {"downpour", "sandblaster", "models", "schedules"}
     assert callable(dbjax.downpour.train) and callable(dbjax.sandblaster.minimize)
 
 

@@ -1,9 +1,10 @@
 """What others have proposed against stale gradients, each as an optax transformation.
 
 Each is handed what it asks for: `staleness` (int32, how many updates the gradient has
-missed) or `stale_params` (the parameters at which it was taken), by a shard with
-`provide=("staleness",)` in `dbjax.downpour.train`, `replay` and `sweep`, or by
-`dbjax.stale` in a loop of one's own. Without delay each is the plain rule.
+missed, or a tree of them, one for each leaf) or `stale_params` (the parameters at which
+it was taken), by a shard with `provide=("staleness",)` in `dbjax.downpour.train`,
+`replay` and `sweep`, or by `dbjax.stale` in a loop of one's own. Without delay each is
+the plain rule.
 All are elementwise: the result does not depend on how parameters lie on shards.
 
 Below `g` is the gradient, `w` the parameters that it meets, `w_old` those at which it
@@ -75,10 +76,14 @@ def scale_by_staleness(offset: int = 0) -> optax.GradientTransformationExtraArgs
     def update(
         updates: Gradients, state: Any, params: Params | None = None, **extra: Any
     ) -> tuple[Gradients, Any]:
-        tau = jnp.asarray(_asked_for("scale_by_staleness", "staleness", extra))
+        staleness = _asked_for("scale_by_staleness", "staleness", extra)
+
         # A product, not a quotient: XLA rounds a division by a scalar as it likes.
-        scale = 1.0 / jnp.maximum(1, tau + offset).astype(jnp.float32)
-        return _scaled(updates, scale), state
+        def scale(tau: Any) -> jax.Array:
+            late = jnp.maximum(1, jnp.asarray(tau) + offset)
+            return 1.0 / late.astype(jnp.float32)
+
+        return _scaled(updates, jax.tree.map(scale, staleness)), state
 
     return optax.GradientTransformationExtraArgs(
         lambda params: optax.EmptyState(), update
@@ -239,10 +244,14 @@ def adadelay(
     def update(
         updates: Gradients, state: Any, params: Params | None = None, **extra: Any
     ) -> tuple[Gradients, ScaleByAdadelayState]:
-        tau = jnp.asarray(_asked_for("adadelay", "staleness", extra))
-        late = jnp.sqrt((state.count + tau).astype(jnp.float32))
+        staleness = _asked_for("adadelay", "staleness", extra)
+
+        def rate(tau: Any) -> jax.Array:
+            late = jnp.sqrt((state.count + tau).astype(jnp.float32))
+            return -1.0 / (smoothness + c * late)
+
         count = jnp.asarray(optax.safe_increment(state.count))
-        scaled = _scaled(updates, -1.0 / (smoothness + c * late))
+        scaled = _scaled(updates, jax.tree.map(rate, staleness))
         return scaled, ScaleByAdadelayState(count)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -334,8 +343,10 @@ def _moved(rule: str, params: Params | None, old: Params) -> Params:
     return optax.tree.sub(params, old)
 
 
-def _scaled(tree: Params, scale: jax.Array) -> Params:
-    return jax.tree.map(lambda x: (x * scale).astype(x.dtype), tree)
+def _scaled(tree: Params, scale: Any) -> Params:
+    """Scale all leaves alike, or each by its own."""
+    scale = jax.tree.broadcast(scale, tree)
+    return jax.tree.map(lambda x, by: (x * by).astype(x.dtype), tree, scale)
 
 
 def _zeros(params: Params) -> Params:

@@ -4,40 +4,38 @@
 loop alone and applies old gradients. Both keep what they need in the optimizer's state.
 """
 
-import operator
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dbjax.trace import PUSH, TAKEN, Trace
-from dbjax.typing import Array, Gradients, Params
-
-Delays: TypeAlias = int | Sequence[int] | Array | Trace
+from dbjax.optim.delays import Delays, LeafDelays, read_delays
+from dbjax.typing import Gradients, Params
 
 
 class StaleState(NamedTuple):
-    """What `stale` carries; `D` is the largest delay, at least 1.
+    """What `stale` carries; `D` is a leaf's largest delay.
 
     Attributes:
         count: int32, updates so far.
-        delay: int32, how old the parameters of the coming gradient are.
-        history: leaves `[D, ...]`, a ring of the last `D` parameters; those of step
-            `t` lie in slot `t % D`.
+        delay: int32, how old the parameters of the coming gradient are; one for each
+            leaf where leaves have delays of their own.
+        history: leaves `[D, ...]`, a ring of the last `D` versions of the leaf; that of
+            step `t` lies in slot `t % D`.
         inner_state: the inner optimizer's.
     """
 
     count: jax.Array
-    delay: jax.Array
+    delay: Any
     history: Params
     inner_state: Any
 
 
 class DelayGradientsState(NamedTuple):
-    """What `delay_gradients` carries; `D` is the delay.
+    """What `delay_gradients` carries; `D` is the largest delay.
 
     Attributes:
         count: int32, updates so far.
@@ -64,20 +62,26 @@ def stale(
     and `stale_params=` if it takes extra arguments. The first steps are clipped to the
     parameters that exist: step `t` is at most `t` steps stale.
 
+    Leaves may have delays of their own, as the stages of a pipeline have. Then
+    `staleness=` is a tree like the parameters.
+
     Args:
         inner: any optax transformation.
         delays: steps, at least 0: one int for all; one per step, an int array
-            `[steps]` whose last entry holds from there on; or a Trace, for the
-            staleness of its pushes.
+            `[steps]` or a list of integers, whose last entry holds from there on; or a
+            Trace, for the staleness of its pushes. For leaves with delays of their own,
+            a prefix of the parameters' tree that holds any of these, or a function from
+            a leaf's path, such as `layers/0/kernel`, to its delay: see
+            `dbjax.schedules`.
 
     Returns:
-        An optax transformation with state `StaleState`; it keeps as many copies of the
-        parameters as the largest delay.
+        An optax transformation with state `StaleState`; it keeps as many copies of each
+        leaf as its largest delay.
 
     Raises:
         TypeError: `delays` is not made of integers, or is a tracer.
         ValueError: a delay is negative, there are none, or the Trace is not one delay
-            per step.
+            per step; from `init` if `delays` does not fit the parameters.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -92,16 +96,33 @@ def stale(
         4.0
         0.0
         -2.0
+
+        A pipeline of two stages; the second one's is 0 late:
+
+        >>> rule = stale(optax.sgd(0.25), {"first": 1, "second": 0})
+        >>> state = rule.init({"first": jnp.ones(3), "second": jnp.ones(3)})
+        >>> jax.tree.map(jnp.shape, state.history)
+        {'first': (1, 3), 'second': (0, 3)}
     """
-    schedule = _schedule(delays)
-    slots = max(1, int(schedule.max()))
+    given = read_delays(delays)
     inner = optax.with_extra_args_support(inner)
 
+    def due(count: jax.Array, params: Params) -> Any:
+        """How old the parameters of the coming gradient are."""
+
+        def one(schedule: np.ndarray) -> jax.Array:
+            return jnp.minimum(_entry(schedule, count), count)
+
+        if given.shared is not None:
+            return one(given.shared)
+        return jax.tree.structure(params).unflatten(map(one, given.of(params)))
+
     def init(params: Params) -> StaleState:
+        count = jnp.zeros([], jnp.int32)
         return StaleState(
-            count=jnp.zeros([], jnp.int32),
-            delay=jnp.zeros([], jnp.int32),
-            history=_ring(params, slots),
+            count=count,
+            delay=_unshared(due(count, params)),
+            history=_rings(params, given),
             inner_state=_unshared(inner.init(params)),
         )
 
@@ -119,11 +140,8 @@ def stale(
             updates, state.inner_state, params, **extra_args
         )
         count = jnp.asarray(optax.safe_increment(state.count))
-        entry = jnp.asarray(schedule)[jnp.minimum(count, len(schedule) - 1)]
-        history = _put(state.history, params, state.count % slots)
-        return updates, StaleState(
-            count, jnp.minimum(entry, count), history, inner_state
-        )
+        history = _put(state.history, params, state.count)
+        return updates, StaleState(count, due(count, params), history, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -157,14 +175,14 @@ def stale_params(state: Any, params: Params) -> Params:
         )
     count, delay, history, _ = found[0]
 
-    def at(newest: jax.Array, ring: jax.Array) -> jax.Array:
-        return jnp.where(delay == 0, newest, ring[(count - delay) % len(ring)])
+    def at(newest: jax.Array, ring: jax.Array, delay: jax.Array) -> jax.Array:
+        return _ago(ring, newest, count, delay)
 
-    return jax.tree.map(at, params, history)
+    return jax.tree.map(at, params, history, jax.tree.broadcast(delay, params))
 
 
 def delay_gradients(
-    inner: optax.GradientTransformation, delay: int
+    inner: optax.GradientTransformation, delay: Delays
 ) -> optax.GradientTransformationExtraArgs:
     """Apply at step `t` the gradient that was given at step `t - delay`.
 
@@ -172,17 +190,26 @@ def delay_gradients(
     state stays and the updates are zero. Parameters and extra arguments (such as
     `value=`) reach it undelayed.
 
+    Leaves may have delays of their own. Those of one delay then have an inner optimizer
+    of their own, as the stages of a pipeline have, and begin when their line is full.
+    What couples leaves, such as clipping by the global norm, goes before this, in an
+    `optax.chain`.
+
     Args:
         inner: any optax transformation.
-        delay: steps, at least 0.
+        delay: what `dbjax.stale` takes. An array is taken at its word: step `t` applies
+            the gradient of step `t - delay[t]`, which may be applied twice or never,
+            and rests where there is none yet.
 
     Returns:
-        An optax transformation with state `DelayGradientsState`; it keeps `delay`
-        copies of the gradient.
+        An optax transformation with state `DelayGradientsState`, or a tuple of them by
+        rising delay where leaves have delays of their own; it keeps as many copies of
+        a leaf's gradient as its largest delay.
 
     Raises:
-        TypeError: `delay` is not an integer.
-        ValueError: `delay` is negative.
+        TypeError: `delay` is not made of integers, or is a tracer.
+        ValueError: a delay is negative, there are none, or they do not fit the
+            parameters.
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -196,15 +223,23 @@ def delay_gradients(
         -1.0
         -2.0
     """
-    slots = operator.index(delay)
-    if slots < 0:
-        raise ValueError(f"delay={delay}: allowed are integers from 0")
+    given = read_delays(delay, "delay")
     inner = optax.with_extra_args_support(inner)
+    if given.shared is not None:
+        return _in_line(inner, given)
+    return _by_delay(inner, given)
+
+
+def _in_line(
+    inner: optax.GradientTransformationExtraArgs, given: LeafDelays
+) -> optax.GradientTransformationExtraArgs:
+    """One line for gradients of one delay."""
+    schedule = np.asarray(given.shared)
 
     def init(params: Params) -> DelayGradientsState:
         return DelayGradientsState(
             count=jnp.zeros([], jnp.int32),
-            line=_ring(jax.tree.map(jnp.zeros_like, params), slots),
+            line=_rings(jax.tree.map(jnp.zeros_like, params), given),
             inner_state=_unshared(inner.init(params)),
         )
 
@@ -215,15 +250,16 @@ def delay_gradients(
         **extra_args: Any,
     ) -> tuple[Gradients, DelayGradientsState]:
         count, line, old_state = state
-        due = updates
-        if slots:  # an empty ring has no slot to read
-            due = jax.tree.map(lambda ring: ring[count % slots], line)
-            line = _put(line, updates, count % slots)
+        delay = _entry(schedule, count)
+        due = jax.tree.map(lambda ring, g: _ago(ring, g, count, delay), line, updates)
+        line = _put(line, updates, count)
         updates, new_state = inner.update(due, old_state, params, **extra_args)
-        full = count >= slots
-        updates = jax.tree.map(lambda u: jnp.where(full, u, jnp.zeros_like(u)), updates)
+        there = count >= delay
+        updates = jax.tree.map(
+            lambda u: jnp.where(there, u, jnp.zeros_like(u)), updates
+        )
         inner_state = jax.tree.map(
-            lambda new, old: jnp.where(full, new, old), new_state, old_state
+            lambda new, old: jnp.where(there, new, old), new_state, old_state
         )
         count = jnp.asarray(optax.safe_increment(count))
         return updates, DelayGradientsState(count, line, inner_state)
@@ -231,68 +267,87 @@ def delay_gradients(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _schedule(delays: Delays) -> np.ndarray:
-    """Give the delays as int32 `[steps]`, one entry if they are constant."""
-    if isinstance(delays, jax.core.Tracer):
-        raise TypeError("delays is a tracer: the largest delay must be known")
-    if isinstance(delays, Trace):
-        delays = _trace_delays(delays)
-    schedule = np.atleast_1d(np.asarray(delays))
-    if not np.issubdtype(schedule.dtype, np.integer):
-        raise TypeError(
-            f"delays={delays!r}: allowed are an int, an int array [steps] or a Trace"
+def _by_delay(
+    inner: optax.GradientTransformationExtraArgs, given: LeafDelays
+) -> optax.GradientTransformationExtraArgs:
+    """A line, and an inner optimizer, for each set of leaves of the same delay."""
+
+    def groups(tree: Params) -> tuple[list[Any], list[int]]:
+        """The rules by rising delay, and which of them each leaf has."""
+        keys = [tuple(schedule.tolist()) for schedule in given.of(tree)]
+        order = sorted(set(keys), key=lambda key: (max(key), key))
+        rules = [_in_line(inner, read_delays(np.array(key, np.int32))) for key in order]
+        return rules, list(map(order.index, keys))
+
+    def part(tree: Any, group: int, of: list[int], structure: Any) -> Any:
+        """The leaves of a group; the others are None, which JAX does not see."""
+        if jax.tree.structure(tree) != structure:
+            return tree  # an extra argument such as a value
+        leaves = zip(jax.tree.leaves(tree), of, strict=True)
+        return structure.unflatten([x if g == group else None for x, g in leaves])
+
+    def init(params: Params) -> tuple[DelayGradientsState, ...]:
+        (rules, of), structure = groups(params), jax.tree.structure(params)
+        return tuple(
+            rule.init(part(params, group, of, structure))
+            for group, rule in enumerate(rules)
         )
-    if schedule.ndim != 1 or not schedule.size:
-        raise ValueError(
-            f"delays has shape {schedule.shape}: allowed is one entry per step"
-        )
-    if schedule.min() < 0:
-        step = int(schedule.argmin())
-        raise ValueError(f"delays[{step}]={schedule[step]}: allowed are 0 and more")
-    # Nothing is older than its own step, so a large entry early on costs no memory.
-    before_last = np.minimum(schedule[:-1], np.arange(len(schedule) - 1))
-    return np.append(before_last, schedule[-1:]).astype(np.int32)
+
+    def update(
+        updates: Gradients,
+        state: Any,
+        params: Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[Gradients, tuple[DelayGradientsState, ...]]:
+        (rules, of), structure = groups(updates), jax.tree.structure(updates)
+        states, made = [], []
+        for group, rule in enumerate(rules):
+            mine = functools.partial(part, group=group, of=of, structure=structure)
+            extra = {name: mine(value) for name, value in extra_args.items()}
+            new, new_state = rule.update(
+                mine(updates), state[group], mine(params), **extra
+            )
+            states.append(new_state)
+            made.append(iter(jax.tree.leaves(new)))
+        return structure.unflatten([next(made[group]) for group in of]), tuple(states)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _trace_delays(trace: Trace) -> np.ndarray:
-    """Give the staleness of each push, if one delay per step tells the whole run."""
-    pushes = trace.kind == PUSH
-    if (trace.count[pushes] != 1).any() or (trace.status[pushes] != TAKEN).any():
-        raise ValueError(
-            "the Trace has pushes that sum several gradients or were not taken, which "
-            "no delay per step describes: use dbjax.replay"
-        )
-    staleness = trace.staleness()
-    unknown = (staleness < 0).any(axis=1)
-    if unknown.any():
-        push = int(unknown.argmax())
-        raise ValueError(
-            f"push {push} of the Trace did not reach a shard, or its base is not known"
-        )
-    differs = (staleness != staleness[:, :1]).any(axis=1)
-    if differs.any():
-        step = int(differs.argmax())
-        raise ValueError(
-            f"push {step} of the Trace is {staleness[step].tolist()} versions stale on "
-            "its shards, which no delay per step describes: use dbjax.replay"
-        )
-    return staleness[:, 0]
+def _entry(schedule: np.ndarray, count: jax.Array) -> Any:
+    """The delay of step `count`; one that is constant is known beforehand."""
+    if len(schedule) == 1:
+        return schedule[0]
+    return jnp.asarray(schedule)[jnp.minimum(count, len(schedule) - 1)]
 
 
-def _ring(tree: Params, slots: int) -> Params:
-    """Give every leaf `slots` times, in memory of its own."""
+def _ago(ring: jax.Array, newest: jax.Array, count: jax.Array, delay: Any) -> jax.Array:
+    """What was put into the ring `delay` steps ago; the newest one is not in it yet."""
+    if not len(ring):  # an empty ring has no slot to read
+        return newest
+    return jnp.where(delay == 0, newest, ring[(count - delay) % len(ring)])
 
-    def repeat(leaf: jax.Array) -> jax.Array:
+
+def _rings(tree: Params, given: LeafDelays) -> Params:
+    """Give every leaf as often as its own largest delay asks, in memory of its own."""
+
+    def repeat(leaf: jax.Array, schedule: np.ndarray) -> jax.Array:
+        # Nothing is older than its own step: a large entry early on costs no memory.
+        early = np.minimum(schedule[:-1], np.arange(len(schedule) - 1))
+        slots = max(early.max(initial=0), schedule[-1])
         return jnp.tile(leaf, (slots, *[1] * jnp.ndim(leaf)))
 
-    return jax.tree.map(repeat, tree)
+    leaves, structure = jax.tree.flatten(tree)
+    return structure.unflatten(map(repeat, leaves, given.of(tree)))
 
 
-def _put(ring: Params, tree: Params, slot: jax.Array) -> Params:
-    """Put every leaf into its ring at `slot`."""
+def _put(ring: Params, tree: Params, count: jax.Array) -> Params:
+    """Put every leaf into its ring, where it stays for as many steps as there are."""
 
     def put(slots: jax.Array, leaf: jax.Array) -> jax.Array:
-        value = jnp.asarray(leaf, slots.dtype)
+        if not len(slots):
+            return slots
+        value, slot = jnp.asarray(leaf, slots.dtype), count % len(slots)
         return jax.lax.dynamic_update_index_in_dim(slots, value, slot, 0)
 
     return jax.tree.map(put, ring, tree)
