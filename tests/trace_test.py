@@ -139,7 +139,7 @@ def test_an_empty_trace_has_statistics():
         (13, "id", 0, "id 0 is not above"),
         (13, "count", 2, "pushed 3 gradients and computed 2"),
         (4, "batch", 5, r"row 12 .*minibatch 1 goes back"),
-        (3, "time", np.nan, "not finite"),
+        (3, "time", np.nan, "time is nan; it must be finite"),
     ],
 )
 def test_validate_names_the_first_row(row, column, value, words):
@@ -297,12 +297,43 @@ def test_no_delay_is_one_replica_and_a_constant_one_goes_round():
         ([0, -1], r"delays\[1\] is -1"),
         ([0.0], "int array"),
         ([], "at least one step"),
-        ([[0]], r"shape \(1, 1\)"),
+        ([0, None], "int array .* not object"),
+        ([[[0]]], r"shape \(1, 1, 1\)"),
+        ([[]], r"shape \(1, 0\)"),
+        ([[0, 0], [1, 2]], r"delays\[1, 1\] is 2; it must be from 0 to 1"),
+        ([[0, 0], [-1, 0]], r"delays\[1, 0\] is -1"),
     ],
 )
 def test_impossible_delays(delays, words):
     with pytest.raises(ValueError, match=words):
         Trace.from_delays(delays)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_shards_may_have_delays_of_their_own(seed):
+    rng, steps, shards = np.random.default_rng(seed), 1 + 5 * seed, 1 + seed % 4
+    most = np.minimum(np.arange(steps)[:, None], rng.integers(0, 9, shards))
+    delays = rng.integers(0, most + 1)
+    trace = Trace.from_delays(delays)
+    trace.validate()
+    np.testing.assert_array_equal(trace.staleness(), delays)
+    now, began = np.arange(steps), np.arange(steps) - delays.max(axis=1)
+    in_flight = [np.count_nonzero((began <= t) & (t <= now)) for t in now]
+    assert trace.header["replicas"] == max(in_flight)
+    turn = [FETCH] * shards + [COMPUTE] + [PUSH] * shards
+    for replica in range(trace.header["replicas"]):
+        own = trace.take(trace.replica == replica)
+        assert own.kind.tolist() == turn * (len(own) // len(turn))
+        assert (np.diff(own.time) >= 0).all() and (own.start <= own.time).all()
+    # A gradient is one minibatch, whatever the shards.
+    assert trace.step[trace.kind == COMPUTE].tolist() == list(range(steps))
+    # Shards that are alike are as many times one shard.
+    alike = Trace.from_delays(np.repeat(delays[:, :1], 3, axis=1))
+    for shard in range(3):
+        own = alike.take((alike.shard == shard) | (alike.kind == COMPUTE)).columns()
+        own["shard"] = np.where(own["shard"] < 0, -1, 0)
+        one = Trace.from_delays(delays[:, 0])
+        assert one.diff(Trace.from_columns(one.header, **own)) is None
 
 
 @pytest.mark.parametrize("skew", [0.0, 0.3, 50.0])
@@ -339,6 +370,34 @@ def test_events_that_wait_for_one_another():
         Trace.from_events(
             {"replicas": 1, "shards": 1}, **columns | {"version": version}
         )
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("row", "column", "value", "words"),
+    [
+        (8, "version", 4, "PUSH.*: version is 4; .* and 3 is the next"),
+        (8, "base", 3, "PUSH.*: base is 3; it must be from 0 to 2"),
+        (5, "base", -1, "PUSH.*: base is -1; it must be from 0 to 1"),
+        (6, "version", 7, "FETCH.*: it fetches version 7 before a push has made it"),
+        (5, "count", 3, "PUSH.*: the replica has pushed 4 gradients and computed 2"),
+        (5, "time", np.nan, "PUSH.*: time is nan; it must be finite"),
+        (5, "start", np.inf, "PUSH.*: start is inf; it must be finite"),
+        (4, "replica", -1, "COMPUTE.*: replica is -1; it must be from 0 to 0"),
+        (5, "step", np.nan, "column 'step', row .*: nan does not fit int64"),
+    ],
+)
+def test_events_that_cannot_be_are_named_by_where_they_were_given(
+    row, column, value, words, seed
+):
+    trace = Trace.from_delays([0, 0, 0])
+    values = trace.columns()[column].astype(float)
+    values[row] = value
+    order = np.random.default_rng(seed).permutation(len(trace))
+    columns = {n: v[order] for n, v in (trace.columns() | {column: values}).items()}
+    with pytest.raises(ValueError, match=words) as caught:
+        Trace.from_events(trace.header, **columns)
+    assert f"row {order.tolist().index(row)}" in str(caught.value)
 
 
 def test_events_with_a_hole():
@@ -570,19 +629,23 @@ def test_pushes_of_a_run_give_its_staleness_and_replay_to_its_parameters(
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["1.0,0,"], "line 2: staleness is ''"),
-        (["1.0,0"], "line 2: staleness is None"),
-        (["1.0,0,0", "x,0,0"], "line 3: time is 'x'"),
-        (["1.0,0.5,0"], "line 2: replica is '0.5'"),
-        (["-1.0,0,0"], "push 0: time is -1"),
-        (["2.0,0,0", "1.0,0,0"], "push 1: time is 1; it must be finite and at least 2"),
-        (["nan,0,0"], "push 0: time is nan"),
-        (["1.0,-1,0"], "replica must be integers from 0"),
-        (["1.0,0,-1"], r"delays\[0\] is -1"),
-        (["1.0,0,0", "2.0,1,2"], r"delays\[1\] is 2"),
+        (["1.0,0,"], "line 2: staleness is ''; allowed is an integer"),
+        (["1.0,0"], "line 2 has 2 values: allowed are 3"),
+        (["1.0,0,0,4"], "line 2 has 4 values: allowed are 3"),
+        (["1.0,0,0", "x,0,0"], "line 3: time is 'x'; allowed is a number"),
+        (["1.0,0.5,0"], "line 2: replica is '0.5'; allowed is an integer"),
+        (["1.0,0,99999999999999999999"], "line 2: staleness is '9+'; .* of 64 bits"),
+        (["1.0,0,0", "", "2.0,0,0"], "line 3 is empty: allowed is one push a line"),
+        (["-1.0,0,0"], "line 2: time is -1.0; allowed is 0.0 and more"),
+        (["2.0,0,0", "1.0,0,0"], "line 3: time is 1.0; allowed is 2.0 and more"),
+        (["1.0,0,0", "inf,0,0"], "line 3: time is inf; allowed is 1.0 and more"),
+        (["nan,0,0"], "line 2: time is nan"),
+        (["1.0,-1,0"], "line 2: replica is -1; allowed is 0 to 2147483647"),
+        (["1.0,0,-1"], "line 2: staleness is -1; allowed is 0 to 0"),
+        (["1.0,0,0", "2.0,1,2"], "line 3: staleness is 2; allowed is 0 to 1"),
         (
             ["1.0,0,0", "2.0,1,0", "3.0,0,2"],
-            "push 2: staleness is 2, but replica 0 pushed 2 pushes before.* most 1",
+            "line 4: staleness is 2; allowed is 0 to 1, the pushes since the replica's",
         ),
         ([], "there is no push in it"),
     ],
@@ -593,6 +656,21 @@ def test_a_csv_that_cannot_be_is_named(tmp_path, lines, message):
     assert "pushes.csv" in str(caught.value)
 
 
+def test_a_push_that_a_csv_leaves_out_is_noticed_where_versions_are_there(tmp_path):
+    file = tmp_path / "pushes.csv"
+    first, *lines = "time,replica,staleness,version", "1,0,0,1", "2,0,0,2", "3,0,0,3"
+    file.write_text("\n".join([first, *lines, "", ""]))
+    assert len(Trace.from_csv(file).staleness()) == 3
+    for kept, words in (
+        ([0, 2], "pushes.csv, line 3: version is 3; allowed is 2"),
+        ([1, 2], "pushes.csv, line 2: version is 2; allowed is 1"),
+        ([0, 1, 1], "pushes.csv, line 4: version is 2; allowed is 3"),
+    ):
+        file.write_text("\n".join([first, *(lines[k] for k in kept)]))
+        with pytest.raises(ValueError, match=words):
+            Trace.from_csv(file)
+
+
 def test_columns_of_a_csv_are_found_by_name(tmp_path):
     file = tmp_path / "pushes.csv"
     file.write_text("host,staleness, time,replica\na,0,1.0,1\nb,0,2.5,0\n")
@@ -600,6 +678,12 @@ def test_columns_of_a_csv_are_found_by_name(tmp_path):
     assert trace.replica[trace.kind == PUSH].tolist() == [1, 0]
     file.write_text("time,replica\n1.0,0\n")
     with pytest.raises(ValueError, match="names no staleness"):
+        Trace.from_csv(file)
+    file.write_text("time,time,replica,staleness\n1.0,1.0,0,0\n")
+    with pytest.raises(ValueError, match="names time twice"):
+        Trace.from_csv(file)
+    file.write_text("")
+    with pytest.raises(ValueError, match="names no time and no replica"):
         Trace.from_csv(file)
 
 

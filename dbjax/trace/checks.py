@@ -20,19 +20,23 @@ def check_ranges(trace: "Trace") -> None:
     _raise_first(trace, _ranges(trace))
 
 
-def check_order(trace: "Trace") -> None:
+def check_order(trace: "Trace", given: np.ndarray | None = None) -> None:
     """Raises ValueError naming the first row that cannot stand where it does.
 
-    The Trace must have passed `check_ranges`.
+    The Trace must have passed `check_ranges`. Rows that were put in this order are
+    named by where they stood before, `given` `[rows]`.
     """
-    _raise_first(trace, _order(trace))
+    _raise_first(trace, _order(trace), given)
 
 
-def _raise_first(trace: "Trace", offences: Iterator[Offence]) -> None:
+def _raise_first(
+    trace: "Trace", offences: Iterator[Offence], given: np.ndarray | None = None
+) -> None:
     first = min(offences, default=None)
     if first is not None:
         row, complaint = first
-        where = columns.describe_row(trace, row)
+        number = row if given is None else int(given[row])
+        where = columns.describe_row(trace, row, number)
         raise ValueError(f"the Trace breaks at {where}: {complaint}")
 
 
@@ -73,8 +77,15 @@ def _ranges(trace: "Trace") -> Iterator[Offence]:
                 f"{name} is {v[row]}; it must be from {low[row]} to {high}"
             ),
         )
-    finite = np.isfinite(trace.time) & np.isfinite(trace.start)
-    yield from _first(every, ~finite, lambda row, at: "its time or start is not finite")
+    for name in ("time", "start"):
+        values = getattr(trace, name)
+        yield from _first(
+            every,
+            ~np.isfinite(values),
+            lambda row, at, v=values, name=name: (
+                f"{name} is {v[row]}; it must be finite"
+            ),
+        )
 
 
 def _order(trace: "Trace") -> Iterator[Offence]:

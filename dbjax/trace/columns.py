@@ -91,8 +91,11 @@ def _cast(name: str, values: Any, dtype: Any, rows: int) -> np.ndarray:
     return cast
 
 
-def describe_row(trace: Any, row: int) -> str:
-    """One row in words, for error messages: `row 7 (PUSH, replica 3, shard 0)`."""
+def describe_row(trace: Any, row: int, number: int | None = None) -> str:
+    """One row in words, for error messages: `row 7 (PUSH, replica 3, shard 0)`.
+
+    `number` is what it is called, if that is not where it stands.
+    """
     kind = int(trace.kind[row])
     name = KIND_NAMES[kind] if kind < len(KIND_NAMES) else f"kind {kind}"
     words = [name]
@@ -100,7 +103,7 @@ def describe_row(trace: Any, row: int) -> str:
         words.append(f"replica {int(trace.replica[row])}")
     if trace.shard[row] >= 0:
         words.append(f"shard {int(trace.shard[row])}")
-    return f"row {row} ({', '.join(words)})"
+    return f"row {row if number is None else number} ({', '.join(words)})"
 
 
 def check_header(header: Any) -> None:

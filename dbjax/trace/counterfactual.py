@@ -38,15 +38,11 @@ def one_after_the_other(trace: "Trace") -> Parts:
         )
     shards, steps = trace.header["shards"], len(pushes)
     clock = np.maximum.accumulate(np.concatenate([[0.0], trace.time[pushes]]))
-    columns = making.push_by_push(np.arange(steps), trace.replica[pushes], clock)
+    base = np.repeat(np.arange(steps)[:, None], shards, axis=1)
+    columns = making.push_by_push(base, trace.replica[pushes], clock)
     columns["batch"][columns["kind"] == COMPUTE] = _batches(trace, pushes)
-    # Fetches and pushes once for each shard, minibatches once.
-    times = np.where(columns["kind"] == COMPUTE, 1, shards)
-    columns = {name: np.repeat(values, times) for name, values in columns.items()}
-    turn = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times)
-    columns["shard"] = np.where(columns["kind"] == COMPUTE, -1, turn)
-    header = trace.header | making.plain_header(trace.header["replicas"], steps)
-    return header | {"shards": shards, "protocol": "one after the other"}, columns
+    header = trace.header | making.plain_header(trace.header["replicas"], steps, shards)
+    return header | {"protocol": "one after the other"}, columns
 
 
 def without(trace: "Trace", replicas: tuple[int, ...]) -> "Trace":

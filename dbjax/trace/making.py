@@ -18,30 +18,32 @@ _TURN = (JOIN, RESTART, FETCH, COMPUTE, PUSH, FAIL, LEAVE)
 def delay_columns(delays: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns header and columns of a run whose push `t` has staleness `delays[t]`.
 
-    Gradient `t` is one fetch of version `t - delays[t]`, one minibatch and one push.
+    Gradient `t` is one fetch of version `t - delays[t]`, one minibatch and one push; or
+    one fetch and one push for each shard, where shards have delays of their own.
 
     Args:
-        delays: int array `[steps]`, `0 <= delays[t] <= t`.
+        delays: int array `[steps]` or `[steps, shards]`, `0 <= delays[t] <= t`.
 
     Returns:
         Header and columns for `Trace.from_columns`.
 
     Raises:
-        ValueError: naming the step whose delay is not possible.
+        ValueError: naming the step, and the shard, whose delay is not possible.
     """
     delays = _checked_delays(delays)
-    base = np.arange(len(delays)) - delays
-    order = np.argsort(base, kind="stable")  # gradients, in the order of their fetches
-    waiting = np.searchsorted(base[order], np.arange(len(delays)), side="right")
-    replicas = int((waiting - np.arange(len(delays))).max())
+    steps = len(delays)
+    base = np.arange(steps)[:, None] - delays.reshape(steps, -1)
+    begins = base.min(axis=1)  # when a gradient's first fetch is
+    order = np.argsort(begins, kind="stable")  # gradients, as they begin
+    waiting = np.searchsorted(begins[order], np.arange(steps), side="right")
+    replicas = int((waiting - np.arange(steps)).max())
     replica = _assign(order, replicas)
-    return plain_header(replicas, len(delays)), push_by_push(
-        base, replica, np.arange(1.0 + len(delays))
-    )
+    header = plain_header(replicas, steps, shards=base.shape[1])
+    return header, push_by_push(base, replica, np.arange(1.0 + steps))
 
 
 def push_columns(
-    time: Any, replica: Any, staleness: Any
+    time: np.ndarray, replica: np.ndarray, staleness: np.ndarray, lines: np.ndarray
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns header and columns of a run that is known by its pushes only.
 
@@ -52,59 +54,59 @@ def push_columns(
         time: seconds, `[pushes]`, in their order.
         replica: who pushed, int array `[pushes]`.
         staleness: how many updates it had missed, int array `[pushes]`.
+        lines: where each push was written down, `[pushes]`, for messages.
 
     Returns:
         Header and columns for `Trace.from_columns`.
 
     Raises:
-        ValueError: naming the push that cannot have been.
+        ValueError: naming the line, the column, its value and what is allowed.
     """
-    columns = {"time": time, "replica": replica, "staleness": staleness}
-    columns = {name: np.asarray(values) for name, values in columns.items()}
-    shapes = {name: values.shape for name, values in columns.items()}
-    if len(set(shapes.values())) > 1 or len(columns["time"].shape) != 1:
-        raise ValueError(f"time, replica and staleness differ in shape: {shapes}")
-    time, replica = columns["time"].astype(np.float64), columns["replica"]
-    if replica.dtype.kind not in "iu" or (replica < 0).any():
-        raise ValueError("replica must be integers from 0")
-    base = np.arange(len(time)) - _checked_delays(columns["staleness"])
-    _check_times(time)
-    _check_own(base, replica)
+    pushes = np.arange(len(time))
+    earliest = np.concatenate([[0.0], time[:-1]])
+    base = pushes - staleness
+    last = _last_own(replica)
+    # Column -> the least and the most that are allowed, and why.
+    limits = [
+        ("time", time, earliest, np.inf, "the time of the push before"),
+        ("replica", replica, 0, np.iinfo(np.int32).max, "a replica's number"),
+        ("staleness", staleness, 0, pushes, "the number of pushes before it"),
+        (
+            *("staleness", staleness, 0, pushes - last - 1),
+            "the pushes since the replica's last one, as it computes one gradient at "
+            "a time",
+        ),
+    ]
+    for name, values, low, high, why in limits:
+        fits = (values >= low) & (values <= high) & np.isfinite(values)
+        if not fits.all():
+            push = int(fits.argmin())
+            least, most = (
+                np.broadcast_to(limit, len(time))[push] for limit in (low, high)
+            )
+            allowed = f"{least} and more" if most == np.inf else f"{least} to {most}"
+            raise ValueError(
+                f"line {lines[push]}: {name} is {values[push]}; allowed is {allowed}, "
+                f"{why}"
+            )
     header = plain_header(int(replica.max()) + 1, len(time))
-    return header, push_by_push(base, replica, np.concatenate([[0.0], time]))
+    return header, push_by_push(base[:, None], replica, np.concatenate([[0.0], time]))
 
 
-def _check_times(time: np.ndarray) -> None:
-    wrong = ~(time >= np.concatenate([[0.0], time[:-1]])) | ~np.isfinite(time)
-    if wrong.any():
-        push = int(wrong.argmax())
-        before = time[push - 1] if push else 0.0
-        raise ValueError(
-            f"push {push}: time is {time[push]:g}; it must be finite and at least "
-            f"{before:g}, as the one before"
-        )
-
-
-def _check_own(base: np.ndarray, replica: np.ndarray) -> None:
-    """Raise where a gradient is older than its replica's last push."""
+def _last_own(replica: np.ndarray) -> np.ndarray:
+    """Gives each push its replica's push before, -1 if there is none."""
     order = np.argsort(replica, kind="stable")
     same = replica[order[1:]] == replica[order[:-1]]
-    early = same & (base[order[1:]] <= order[:-1])
-    if early.any():
-        push = int(order[1:][early].min())
-        last = int(np.flatnonzero(replica[:push] == replica[push])[-1])
-        raise ValueError(
-            f"push {push}: staleness is {push - base[push]}, but replica "
-            f"{replica[push]} pushed {push - last} pushes before, and computes one "
-            f"gradient at a time: at most {push - last - 1} is possible"
-        )
+    last = np.full(len(replica), -1)
+    last[order[1:][same]] = order[:-1][same]
+    return last
 
 
-def plain_header(replicas: int, steps: int) -> dict[str, Any]:
-    """Returns the header of a run of one shard that fetches and pushes every time."""
+def plain_header(replicas: int, steps: int, shards: int = 1) -> dict[str, Any]:
+    """Returns the header of a run that fetches and pushes every time."""
     return {
         "replicas": replicas,
-        "shards": 1,
+        "shards": shards,
         "steps": steps,
         "n_fetch": 1,
         "n_push": 1,
@@ -117,58 +119,66 @@ def plain_header(replicas: int, steps: int) -> dict[str, Any]:
 def push_by_push(
     base: np.ndarray, replica: np.ndarray, clock: np.ndarray
 ) -> dict[str, Any]:
-    """Returns the columns of a run of one shard: a fetch, a minibatch, a push each.
+    """Returns the columns of a run: a fetch and a push a shard for each minibatch.
 
     Args:
-        base: of each push, `[pushes]`.
+        base: of each push on each shard, `[pushes, shards]`.
         replica: whose it is, `[pushes]`.
         clock: when version 0, 1, ... was made, `[pushes + 1]`.
 
     Returns:
         Columns for `Trace.from_columns`.
     """
-    steps = np.arange(len(base))
-    order = np.argsort(base, kind="stable")
-    fetched = base[order]
-    # At version v stand the fetches of v, then minibatch v and its push.
+    pushes, shards = base.shape
+    steps = np.arange(pushes)
+    order = np.argsort(base, axis=None, kind="stable")
+    fetched = base.ravel()[order]
+    gradient, of_shard = np.divmod(order, shards)
+    # At version v stand the fetches of v, then minibatch v and its pushes.
     waiting = np.searchsorted(fetched, steps, side="right")
     own = groups.running_sum((replica,), np.ones_like(steps)) - 1
-    fetch, compute = steps + 2 * fetched, waiting + 2 * steps
-    push = compute + 1
+    fetch = np.arange(len(order)) + (1 + shards) * fetched
+    compute = waiting + (1 + shards) * steps
+    push = (compute[:, None] + np.arange(1, 1 + shards)).ravel()
 
     def column(at_fetch, at_compute, at_push, dtype=np.int64):
-        values = np.empty(3 * len(steps), dtype)
+        values = np.empty((1 + 2 * shards) * pushes, dtype)
         values[fetch], values[compute], values[push] = at_fetch, at_compute, at_push
         return values
 
+    def every(of_push):
+        return np.repeat(of_push, shards)
+
     seen, made = clock[fetched], clock[1:]
+    begun = clock[base.max(axis=1)]  # once its last fetch is there
     return {
         "kind": column(FETCH, COMPUTE, PUSH, np.uint8),
-        "time": column(seen, made, made, np.float64),
-        "start": column(seen, clock[base], made, np.float64),
-        "replica": column(replica[order], replica, replica, np.int32),
-        "shard": column(0, -1, 0, np.int32),
-        "step": column(order, steps, steps),
+        "time": column(seen, made, every(made), np.float64),
+        "start": column(seen, begun, every(made), np.float64),
+        "replica": column(replica[gradient], replica, every(replica), np.int32),
+        "shard": column(of_shard, -1, np.tile(np.arange(shards), pushes), np.int32),
+        "step": column(gradient, steps, every(steps)),
         "batch": column(-1, own, -1),
-        "version": column(fetched, -1, steps + 1),
-        "base": column(-1, -1, base),
+        "version": column(fetched, -1, every(steps + 1)),
+        "base": column(-1, -1, base.ravel()),
         "count": column(0, 0, 1, np.int32),
-        "id": column(-1, -1, own),
+        "id": column(-1, -1, every(own)),
     }
 
 
 def _checked_delays(delays: Any) -> np.ndarray:
     delays = np.asarray(delays)
-    if delays.ndim != 1 or not len(delays) or delays.dtype.kind not in "iu":
+    if delays.ndim not in (1, 2) or not delays.size or delays.dtype.kind not in "iu":
         raise ValueError(
-            "delays must be an int array [steps] with at least one step, not "
-            f"{delays.dtype} of shape {delays.shape}"
+            "delays must be an int array [steps] or [steps, shards] with at least one "
+            f"step, not {delays.dtype} of shape {delays.shape}"
         )
-    wrong = (delays < 0) | (delays > np.arange(len(delays)))
+    step = np.arange(len(delays)).reshape(-1, *[1] * (delays.ndim - 1))
+    wrong = (delays < 0) | (delays > step)
     if wrong.any():
-        step = int(wrong.argmax())
+        at = [int(i[0]) for i in np.nonzero(wrong)]
         raise ValueError(
-            f"delays[{step}] is {delays[step]}; it must be from 0 to {step}, the "
+            f"delays{at} is {delays[tuple(at)]}; it must be from 0 to {at[0]}, the "
             "number of updates before that step"
         )
     return delays.astype(np.int64)

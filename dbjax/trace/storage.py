@@ -11,6 +11,7 @@ import os
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -169,33 +170,72 @@ def read_pushes(path: str | os.PathLike[str]) -> tuple[np.ndarray, ...]:
         path: the file.
 
     Returns:
-        `time` float64, `replica` and `staleness` int64, `[pushes]` each.
+        `time` float64, `replica` and `staleness` int64, and the lines on which they
+        stand, `[pushes]` each.
 
     Raises:
-        ValueError: naming the file and the line.
+        ValueError: naming the file, and the line, the column and its value.
     """
-    kinds = {"time": float, "replica": int, "staleness": int}
+    kinds: dict[str, Any] = {"time": float, "replica": int, "staleness": int}
     found: dict[str, list[Any]] = {name: [] for name in kinds}
+    lines = []
     with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
-        missing = [name for name in kinds if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(
-                f"{path}: the first line names no {' and no '.join(missing)}; it has "
-                f"{reader.fieldnames}"
-            )
+        reader = csv.reader(file, skipinitialspace=True)
+        names = next(reader, [])
+        _check_first_line(names, kinds, path)
+        if "version" in names:
+            kinds["version"] = int
         for row in reader:
-            for name, kind in kinds.items():
-                try:
-                    found[name].append(kind(row[name]))
-                except (TypeError, ValueError):
-                    raise ValueError(
-                        f"{path}, line {reader.line_num}: {name} is {row[name]!r}, "
-                        f"which is no {'number' if kind is float else 'integer'}"
-                    ) from None
-    if not found["time"]:
+            where = f"{path}, line {reader.line_num}"
+            if not row:  # harmless at the end only
+                if any(reader):
+                    raise ValueError(f"{where} is empty: allowed is one push a line")
+                break
+            if len(row) != len(names):
+                raise ValueError(
+                    f"{where} has {len(row)} values: allowed are {len(names)}, one for "
+                    f"each column of {names}"
+                )
+            given = {
+                name: _number(row[names.index(name)], name, kinds[name], where)
+                for name in kinds
+            }
+            lines.append(reader.line_num)
+            if given.get("version", len(lines)) != len(lines):
+                raise ValueError(
+                    f"{where}: version is {given['version']}; allowed is {len(lines)}, "
+                    "as each push makes the next version: a push is missing, or stands "
+                    "twice"
+                )
+            for name, values in found.items():
+                values.append(given[name])
+    if not lines:
         raise ValueError(f"{path}: there is no push in it")
     return (
         np.array(found["time"], np.float64),
         *(np.array(found[name], np.int64) for name in ("replica", "staleness")),
+        np.array(lines),
     )
+
+
+def _check_first_line(names: list[str], needed: Iterable[str], path: Any) -> None:
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise ValueError(
+            f"{path}: the first line names no {' and no '.join(missing)}; it has "
+            f"{names}"
+        )
+    twice = [name for name in (*needed, "version") if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{path}: the first line names {twice[0]} twice")
+
+
+def _number(text: str, name: str, kind: Any, where: str) -> Any:
+    try:
+        value = kind(text)
+        if kind is int:
+            np.int64(value)
+    except (ValueError, OverflowError):
+        allowed = "a number" if kind is float else "an integer of 64 bits"
+        raise ValueError(f"{where}: {name} is {text!r}; allowed is {allowed}") from None
+    return value

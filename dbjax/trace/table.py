@@ -158,20 +158,28 @@ class Trace:
     def from_delays(cls, delays: Any) -> "Trace":
         """The Trace of a run with given staleness, one replica per gradient in flight.
 
-        Step `t`'s gradient is computed on the version `delays[t]` updates before.
+        Step `t`'s gradient is computed on the version `delays[t]` updates before; with
+        a column for each shard, on the versions that its row says.
 
         Args:
-            delays: int array `[steps]`, `0 <= delays[t] <= t`.
+            delays: int array `[steps]` or `[steps, shards]`, `0 <= delays[t] <= t`; see
+                `dbjax.schedules`.
 
         Returns:
-            A Trace of one shard whose `staleness()[:, 0]` is `delays`.
+            A Trace whose `staleness()` is `delays`, of one shard if there is one
+            column or none.
 
         Raises:
-            ValueError: naming the step whose delay is not possible.
+            ValueError: naming the step, and the shard, whose delay is not possible.
 
         Examples:
             >>> Trace.from_delays([0, 1, 1]).staleness()[:, 0]
             array([0, 1, 1])
+
+            A pipeline of two stages, each of them a shard:
+
+            >>> Trace.from_delays([[0, 0], [1, 0], [1, 0]])
+            Trace(15 rows, 2 replicas, 2 shards)
         """
         header, columns = making.delay_columns(delays)
         return cls.from_columns(header, **columns)
@@ -183,13 +191,15 @@ class Trace:
         Args:
             path: a file whose first line names the columns `time` (seconds), `replica`
                 and `staleness` (updates that the push's gradient had missed); one line
-                a push, in their order. Other columns are not looked at.
+                a push, in their order. If there is a column `version`, it must count 1,
+                2, 3, ..., so that a missing push is noticed. Others are not looked at.
 
         Returns:
             A Trace of one shard whose `staleness()[:, 0]` is that column.
 
         Raises:
-            ValueError: naming the file, and the line or push (from 0) that cannot be.
+            ValueError: naming the file, the line (the first is 1), the column, its
+                value and what is allowed.
 
         Examples:
             >>> import pathlib, tempfile
@@ -206,7 +216,7 @@ class Trace:
         try:
             header, columns = making.push_columns(*pushes)
         except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from None
+            raise ValueError(f"{os.fspath(path)}, {error}") from None
         return cls.from_columns(header, **columns)
 
     @classmethod
@@ -230,12 +240,14 @@ class Trace:
             The Trace, valid.
 
         Raises:
-            ValueError: if the events cannot have happened in any order.
+            ValueError: if the events cannot have happened in any order; naming the
+                first row, as it was given, that cannot be, the column and its value.
         """
         events = cls.from_columns(header, evaluations, **columns)
         checks.check_ranges(events)
-        trace = events.take(making.causal_order(events))
-        trace.validate()
+        order = making.causal_order(events)
+        trace = events.take(order)
+        checks.check_order(trace, given=order)
         return trace
 
     def without_staleness(self) -> "Trace":
