@@ -92,11 +92,21 @@ def minimize(
       ReplicaError: a replica failed too often; names replica and portion.
       ShardError: on Ray, a shard's process is gone.
 
-    >>> import jax.numpy as jnp, numpy as np, dbjax
+    >>> import jax.numpy as jnp, numpy as np, optax, dbjax
     >>> x = np.linspace(-1, 1, 64, dtype=np.float32)
     >>> data = dbjax.from_arrays({"x": x, "y": 3 * x}, batch_size=8)
     >>> loss = lambda p, b: jnp.mean((p["w"] * b["x"] - b["y"]) ** 2)
     >>> run = minimize(loss, {"w": jnp.zeros(())}, data, replicas=4)
+    >>> print(run.status, round(float(run.params["w"]), 4))
+    converged 3.0
+
+    SGD first, which is fast at the start, and then L-BFGS, which is so at the end:
+
+    >>> start = {"w": jnp.zeros(())}
+    >>> warm = dbjax.downpour.train(
+    ...     loss, start, data, optimizer=optax.sgd(0.1), replicas=4, steps=16
+    ... )
+    >>> run = minimize(loss, warm.params, data, replicas=4)
     >>> print(run.status, round(float(run.params["w"]), 4))
     converged 3.0
     """

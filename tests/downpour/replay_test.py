@@ -15,6 +15,7 @@ import optax
 import pytest
 
 import dbjax
+from dbjax import schedules
 from dbjax import trace as trace_lib
 from dbjax.downpour.exact import Exact
 from dbjax.downpour.plan import make_plan
@@ -22,6 +23,7 @@ from dbjax.downpour.problem import copy, digest
 from dbjax.downpour.protocol import Protocol
 from dbjax.downpour.run import peak_copies
 from dbjax.runtime.base import RejectedTooOften
+from dbjax.server.layout import Layout
 from dbjax.server.messages import Push
 from dbjax.trace import (
     COMPUTE,
@@ -167,6 +169,69 @@ def test_delays(seed, exact):
         problems.flat(run.params), want[-1], rtol=3e-4, atol=3e-5
     )
     np.testing.assert_array_equal(run.trace.staleness()[:, 0], delays)
+
+
+DEEP = {
+    "first": 0.3 * np.random.default_rng(1).standard_normal((10, 6), np.float32),
+    "second": 0.3 * np.random.default_rng(2).standard_normal((6, 4), np.float32),
+    "last": np.zeros(4, np.float32),
+}
+
+
+def deep_loss(params, batch):
+    hidden = jnp.tanh(batch["x"] @ params["first"]) @ params["second"]
+    return jnp.mean((hidden + params["last"] - batch["y"]) ** 2)
+
+
+def by_leaf(delays):
+    """The columns, one for each leaf of `DEEP`, as the shards that hold them."""
+    layout = Layout.of(DEEP, len(DEEP), split="leaf")
+    assert all(len(boxes) == 1 for boxes in layout.boxes)
+    return np.stack([delays[boxes[0].leaf] for boxes in layout.boxes], axis=1)
+
+
+STEPS = 24
+OF_LEAVES = {
+    "pipeline": [schedules.constant(STEPS, delay) for delay in (2, 0, 1)],
+    "equal": [schedules.constant(STEPS, 2)] * 3,
+    "none": [schedules.constant(STEPS, 0)] * 3,
+    "mixed": [
+        schedules.geometric(STEPS, 3.0, seed=0),
+        schedules.straggler(STEPS, 5),
+        schedules.cyclic(STEPS, 4),
+    ],
+}
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAGRAD])
+@pytest.mark.parametrize("name", OF_LEAVES)
+def test_shards_that_are_leaves_have_the_delays_that_stale_gives_to_leaves(
+    name, optimizer
+):
+    """To the bit: what a stage of a pipeline sees, a shard with a delay sees."""
+    delays = OF_LEAVES[name]
+    batch = DATA.batch(0, 0)
+    same = problems.Wrapped(lambda replica, step: batch)  # in one order, to the bit
+    trace = Trace.from_delays(by_leaf(delays))
+    keywords = {"optimizer": optimizer, "split": "leaf"}
+    run = dbjax.replay(trace, deep_loss, DEEP, same, **keywords)
+    # The leaves of `DEEP` in the order of JAX: first, last, second.
+    of_leaves = jax.tree.structure(DEEP).unflatten(delays)
+    rule = dbjax.stale(optimizer, of_leaves)
+
+    @jax.jit
+    def step(params, state, batch):
+        g = jax.grad(deep_loss)(dbjax.stale_params(state, params), batch)
+        updates, state = rule.update(g, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = jax.tree.map(jnp.asarray, DEEP), rule.init(DEEP)
+    for _ in range(STEPS):
+        params, state = step(params, state, batch)
+    problems.assert_same_bits(run.params, params)
+    again = dbjax.replay(trace, deep_loss, DEEP, same, **keywords, exact=False)
+    assert_close(again.params, run.params)
+    np.testing.assert_array_equal(run.trace.staleness(), by_leaf(delays))
 
 
 # Shards that were restored, and pushes that were torn.

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import dbjax
@@ -815,3 +816,30 @@ def test_a_warm_start_goes_on_from_downpour():
     start = run.trace.evaluations[0]["value"]
     assert start < 0.5 * value_at(SQUARES, PARAMS)
     np.testing.assert_allclose(run.value, least_squares()[1], 1e-4)
+
+
+def warm(rate, steps):
+    return dbjax.downpour.train(
+        SQUARES.loss_fn, PARAMS, dbjax.from_arrays(SQUARES.arrays, batch_size=4),
+        optimizer=optax.sgd(rate), replicas=2, steps=steps,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", CONSTRAINED)
+def test_a_warm_start_that_goes_nowhere_is_none_to_the_bit(method):
+    """Nothing but the values of the parameters goes from one to the other."""
+    keywords = {"method": CONSTRAINED[method], "iterations": 5, "replicas": 2}
+    alone = minimize(**keywords)
+    run = minimize(params=warm(rate=0.0, steps=7).params, **keywords)
+    assert_same_bits(run.params, alone.params)
+    assert run.value == alone.value and run.evaluations == alone.evaluations
+
+
+@pytest.mark.parametrize("steps", [1, 10, 40])
+@pytest.mark.parametrize("method", METHODS)
+def test_after_a_warm_start_the_value_is_not_worse(method, steps):
+    before = warm(rate=0.1, steps=steps).params
+    run = minimize(params=before, method=METHODS[method], iterations=3)
+    start = run.trace.evaluations[0]["value"]
+    np.testing.assert_allclose(start, value_at(SQUARES, before), 1e-5)
+    assert run.value < start < value_at(SQUARES, PARAMS)
