@@ -205,7 +205,10 @@ class Run:
             time.sleep(0.05)
 
     def _kill(self, victim: str, rng: np.random.Generator) -> str:
-        """Kill one of a kind, or a replica where there is none; say who it was."""
+        """Kill one of a kind, or a replica where there is none; say who it was.
+
+        They are gone by then: one that is only about to die would seem to be there.
+        """
         places = self._places()
         if victim == "driver":
             self._child.kill()
@@ -218,10 +221,11 @@ class Run:
             nodes = sorted(self._cluster.worker_nodes, key=lambda node: node.node_id)
             if nodes := [node for node in nodes if node.node_id in held]:
                 node = nodes[rng.integers(len(nodes))]
-                gone = sum(place.node == node.node_id for place in places.values())
+                gone = [p for p in places.values() if p.node == node.node_id]
                 self._cluster.remove_node(node, allow_graceful=False)
+                self._await_end(gone)
                 self._cluster.add_node(**_NODE)
-                return f"node of {gone}"
+                return f"node of {len(gone)}"
             victim = "replica"
         names = sorted(name for name in places if name.startswith(victim))
         if not names:
@@ -229,7 +233,11 @@ class Run:
         name = names[rng.integers(len(names))]
         with contextlib.suppress(ProcessLookupError):
             os.kill(places[name].pid, signal.SIGKILL)
+        self._await_end([places[name]])
         return name
+
+    def _await_end(self, gone: Sequence[Place]) -> None:
+        self._until(lambda: not any(_alive(place.pid) for place in gone))
 
 
 # The script.
