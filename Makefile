@@ -3,6 +3,7 @@
 #   make test    all tests, the docstrings' examples and the README's
 #   make figures the paper's figures 3, 4 and 5 and ours, into figures; figures-smoke
 #                is a minute's worth of them, into runs/figures-smoke
+#   make battery-smoke  an example rule beside all baselines, into runs/battery-smoke
 #   make notebooks  colab/*.ipynb from their sources; run, they lie in runs/notebooks
 # PYTHON=python3.12 chooses the interpreter, EXTRAS=experiments,test the extras.
 
@@ -16,7 +17,7 @@ BIN := .venv/bin
 comma := ,
 STAMP := .venv/installed-$(subst $(comma),-,$(EXTRAS))
 
-.PHONY: venv train test docs notebooks bench figures figures-smoke lint types
+.PHONY: venv train test docs notebooks bench figures figures-smoke battery-smoke lint types
 
 venv: $(STAMP)
 
@@ -64,6 +65,10 @@ figures-smoke: venv
 	$(BIN)/python -m experiments.figure3 --out=runs/figures-smoke --smoke
 	$(BIN)/python -m experiments.figure4 --out=runs/figures-smoke --smoke
 	$(BIN)/python -m experiments.figure5 --out=runs/figures-smoke --smoke
+
+battery-smoke: venv
+	$(BIN)/python -m experiments.battery --rule=experiments/rules/compensate.py \
+	  --smoke --out=runs/battery-smoke --cache=runs/battery-smoke/baselines
 
 lint: venv
 	$(BIN)/ruff check

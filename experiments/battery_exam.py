@@ -20,6 +20,10 @@ from experiments import battery_clusters, battery_runs, battery_workloads
 from experiments.battery_rules import BadRule, Rule, Setting, said, settings
 
 _STEPS, _REPLICAS = 40, 4
+_KEPT_TRACER = (
+    "an array of one trace was kept for another; what a rule remembers belongs into "
+    "its state"
+)
 
 
 class Question(NamedTuple):
@@ -57,11 +61,7 @@ def examine(fresh: Callable[[], Rule]) -> Rule:
     except BadRule:
         raise
     except jax.errors.UnexpectedTracerError as error:
-        raise BadRule(
-            "hidden state",
-            "an array of one trace was kept for another; what a rule remembers "
-            "belongs into its state",
-        ) from error
+        raise BadRule("hidden state", _KEPT_TRACER) from error
     except Exception as error:
         raise BadRule("raises", said(error)) from error
     if ends[0] != ends[1]:
@@ -173,7 +173,11 @@ def _check_finite(updates: Params) -> None:
 
 
 def _bits(tree: Any) -> bytes:
-    return b"|".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree))
+    def plain(leaf: Any) -> np.ndarray:
+        is_key = jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+
+    return b"|".join(plain(leaf).tobytes() for leaf in jax.tree.leaves(tree))
 
 
 def _trace(rule: Rule, setting: Setting, question: Question) -> bytes:
@@ -187,6 +191,8 @@ def _trace(rule: Rule, setting: Setting, question: Question) -> bytes:
     traced = {name: jnp.asarray(value) for name, value in setting.items()}
     state = _make(rule, setting).init(question.params)
     jaxpr = jax.make_jaxpr(update)(traced, state, question)
+    if any(isinstance(const, jax.core.Tracer) for const in jaxpr.consts):
+        raise BadRule("hidden state", _KEPT_TRACER)
     text = re.sub(r" at 0x[0-9a-f]+", "", str(jaxpr))  # where functions lie
     return text.encode() + _bits(jaxpr.consts)
 
@@ -199,8 +205,8 @@ def _tiny() -> tuple[battery_workloads.Workload, battery_runs.Schedule]:
     return workload, battery_runs.lay_out(workload, trace, 0, points=2)
 
 
-def _tiny_run(rule: Rule, setting: Setting) -> tuple[Any, bytes]:
+def _tiny_run(rule: Rule, setting: Setting) -> tuple[str, bytes]:
     workload, schedule = _tiny()
     program = battery_runs.make_program(workload, rule, setting)
     curve, params = battery_runs.run_to_params(program, schedule, setting)
-    return curve, _bits(params)
+    return repr(curve), _bits(params)

@@ -316,9 +316,6 @@ def _picture(page: Page, workload: Workload) -> str:
                 _draw(panel, one, one.rule is page.rule, place)
             panel.axhline(workload.target, color=plots.GREY, linewidth=1, zorder=0)
             panel.set(title=cluster.name, xlabel="simulated seconds", yscale="log")
-            panel.yaxis.set_major_formatter(plots.plain())
-            panel.yaxis.set_minor_formatter(plots.plain())
-            panel.tick_params(axis="y", which="both", labelsize=9)
         start = [
             run.curve.losses[0] for one in page.judged for run in one.runs
             if run.curve and one.workload is workload
@@ -326,6 +323,7 @@ def _picture(page: Page, workload: Workload) -> str:
         if start:  # what comes apart leaves the picture, not the tables
             panels[0][0].set_ylim(top=1.3 * float(np.mean(start)))
         panels[0][0].set_ylabel("held-out loss")
+        plots.tick_logarithmic(panels[0][0].yaxis)
         handles, labels = panels[0][-1].get_legend_handles_labels()
         if handles:
             figure.legend(handles, labels, loc="outside right center", fontsize=10)

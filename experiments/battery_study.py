@@ -209,18 +209,27 @@ def judge(battery: Battery, rules: Sequence[Rule]) -> list[Judged]:
     Returns:
       One for each workload, cluster and rule, in this order.
     """
-    shelf = _Shelf(battery.size)
+    shelf, stop = _Shelf(battery.size), threading.Event()
     items = [(workload, rule) for workload in battery.workloads for rule in rules]
 
     def one(item: tuple[Workload, Rule]) -> list[Judged]:
-        return _judge_on(battery, shelf, *item)
+        try:
+            return _judge_on(battery, shelf, stop, *item)
+        except BaseException:
+            stop.set()
+            raise
 
     # A rule on a workload is one program, so one thread: nothing is compiled twice.
     pool = ThreadPoolExecutor(cores())
     try:
-        found = dict(zip(items_key(items), pool.map(one, items), strict=True))
+        results = list(pool.map(one, items))
     finally:
+        stop.set()  # if interrupted: what is under way ends with its cell
         pool.shutdown(cancel_futures=True)
+    found = {
+        (workload.name, rule.name): result
+        for (workload, rule), result in zip(items, results, strict=True)
+    }
     return [
         found[workload.name, rule.name][place]
         for workload in battery.workloads
@@ -229,9 +238,8 @@ def judge(battery: Battery, rules: Sequence[Rule]) -> list[Judged]:
     ]
 
 
-def items_key(items: Sequence[tuple[Workload, Rule]]) -> list[tuple[str, str]]:
-    """Names of workloads and rules."""
-    return [(workload.name, rule.name) for workload, rule in items]
+class _Stopped(Exception):
+    """Somebody interrupted the battery, or another thread failed."""
 
 
 class _Shelf:
@@ -259,7 +267,11 @@ class _Shelf:
 
 
 def _judge_on(
-    battery: Battery, shelf: _Shelf, workload: Workload, rule: Rule
+    battery: Battery,
+    shelf: _Shelf,
+    stop: threading.Event,
+    workload: Workload,
+    rule: Rule,
 ) -> list[Judged]:
     """A rule on a workload, on all clusters."""
     size, folder = battery.size, battery.folder_of(rule)
@@ -267,6 +279,8 @@ def _judge_on(
     made: list[Program] = []
 
     def outcome(cluster: Machines, stage: str, seed: int, setting: Setting) -> Outcome:
+        if stop.is_set():
+            raise _Stopped
         cell = Cell(rule, workload.name, cluster.name, stage, seed, setting, size)
 
         def run() -> Curve:
@@ -281,10 +295,14 @@ def _judge_on(
 
     judged = []
     for cluster in battery.clusters:
-        trials = [outcome(cluster, TUNE, TUNING_SEED, setting) for setting in tried]
+        trials: list[Outcome] = []
+        for setting in tried:
+            trials.append(outcome(cluster, TUNE, TUNING_SEED, setting))
+            if trials[-1].error:  # it would be said once for each setting
+                break
         runs: list[Outcome] = []
         best = min(trials, key=lambda trial: trial.end)
-        if math.isfinite(best.end):
+        if math.isfinite(best.end) and not trials[-1].error:
             runs = [
                 outcome(cluster, REPORT, seed, best.cell.setting)
                 for seed in range(size.seeds)

@@ -101,6 +101,7 @@ def digits(hidden: int = 32, training: int = 8_192) -> Workload:
         x = jax.nn.relu(_dense(params["hidden"], batch["image"]))
         return _classified(_dense(params["output"], x), batch["label"])
 
+    @jax.jit
     def init(seed: int) -> Params:
         first, second = jax.random.split(jax.random.key(seed))
         return {
@@ -129,6 +130,7 @@ def local(side: int = 8, maps: int = 4, training: int = 8_192) -> Workload:
         x = jax.nn.relu(x).transpose(2, 0, 1, 3).reshape(seen.shape[2], -1)
         return _classified(_dense(params["output"], x), batch["label"])
 
+    @jax.jit
     def init(seed: int) -> Params:
         first, second = jax.random.split(jax.random.key(seed))
         scale = (patch**2 * below) ** -0.5
@@ -165,6 +167,7 @@ def language(
         x = x + _dense(params["down"], hidden)
         return _classified(_dense(params["output"], _normalise(x)), text[:, 1:])
 
+    @jax.jit
     def init(seed: int) -> Params:
         keys = jax.random.split(jax.random.key(seed), 7)
         return {

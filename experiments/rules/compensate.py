@@ -13,9 +13,9 @@ search = {"lam": [0.04, 0.4]}
 def rule(learning_rate, lam):
     """Correct a gradient for how far the parameters have moved since it was taken."""
 
-    def update(g, state, params=None, *, stale_params, **extra):
+    def update(updates, state, params=None, *, stale_params, **extra):
         compensated = jax.tree.map(
-            lambda g, w, old: g + lam * g * g * (w - old), g, params, stale_params
+            lambda g, w, old: g + lam * g * g * (w - old), updates, params, stale_params
         )
         return compensated, state
 
