@@ -16,6 +16,7 @@ from dbjax.cluster import Slow as Slow
 from dbjax.cluster import Slowness as Slowness
 from dbjax.data import from_arrays as from_arrays
 from dbjax.data import from_iterators as from_iterators
+from dbjax.downpour.probe import probe as probe
 from dbjax.downpour.protocol import asynchronous as asynchronous
 from dbjax.downpour.protocol import delay_threshold as delay_threshold
 from dbjax.downpour.protocol import ssp as ssp
@@ -81,6 +82,7 @@ __all__ = [
     "lbfgs",
     "make_mesh",
     "models",
+    "probe",
     "replay",
     "sandblaster",
     "scale_by_lbfgs",

@@ -5,16 +5,17 @@ curvature `lambda`, is stable for about `eta lambda (2 tau + 1) < pi`.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from dbjax import optim
 from dbjax.typing import Params
 from experiments import figure_task
 from experiments.figure_task import Task
 
-_EXAMPLES, _ITERATIONS = 4_096, 40
+_EXAMPLES = 4_096
 
 
 class Regime(NamedTuple):
@@ -34,7 +35,7 @@ class Regime(NamedTuple):
 
 
 def sharpness(task: Task, params: Params, scale: Params | None = None) -> float:
-    """Find the largest curvature of the loss, by power iteration.
+    """Find the largest curvature of the loss on many examples.
 
     Args:
       task: what is trained.
@@ -47,24 +48,6 @@ def sharpness(task: Task, params: Params, scale: Params | None = None) -> float:
     training = figure_task.make(task).training
     batch = {name: jnp.array(x[:_EXAMPLES]) for name, x in training._asdict().items()}
     loss = figure_task.loss_of(task)
-    scale = jax.tree.map(jnp.ones_like, params) if scale is None else scale
-    root = jax.tree.map(jnp.sqrt, scale)
-
-    @jax.jit
-    def multiply(direction: Params, batch: Any) -> tuple[Params, jax.Array]:
-        scaled = jax.tree.map(jnp.multiply, root, direction)
-        gradient = functools.partial(jax.grad(loss), batch=batch)
-        _, product = jax.jvp(gradient, (params,), (scaled,))
-        product = jax.tree.map(jnp.multiply, root, product)
-        size = jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(product)))
-        return jax.tree.map(lambda x: x / size, product), size
-
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    start: Any = [
-        jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)
-    ]
-    direction, size = multiply(jax.tree.unflatten(structure, start), batch)
-    for _ in range(_ITERATIONS):
-        direction, size = multiply(direction, batch)
-    return float(size)
+    return float(
+        jax.jit(functools.partial(optim.sharpness, loss))(params, batch, scale)
+    )

@@ -174,7 +174,7 @@ def compile_once(monkeypatch):
         own = jax.tree.map(jnp.copy, made.params)
         return dataclasses.replace(made, data=data, params=own)
 
-    for module in ("train", "replay"):
+    for module in ("train", "replay", "probe"):
         # By name: the package's attributes are the functions.
         monkeypatch.setattr(
             sys.modules[f"dbjax.downpour.{module}"], "make_problem", shared

@@ -17,6 +17,7 @@ PUBLIC = {
     "sandblaster",
     "from_arrays",
     "from_iterators",
+    "probe",
     "replay",
     "simulate",
     "sweep",

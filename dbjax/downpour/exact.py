@@ -6,7 +6,7 @@ So it reproduces a recorded run bit for bit. It can stop before any row, and its
 
 import collections
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +43,26 @@ class _Row(NamedTuple):
     source: list[int]
 
 
+class Arrival(NamedTuple):
+    """A push that a shard is about to handle. Its arrays are copied to be kept.
+
+    Attributes:
+      row: the Trace's row of the push.
+      shard: which shard.
+      fresh: the parameters that the shard holds, as a fetch would give them.
+      stale: those that the push's oldest gradient was computed on.
+      gradients: the accrued gradients.
+      optimizer_state: the shard's.
+    """
+
+    row: int
+    shard: int
+    fresh: Params
+    stale: Params
+    gradients: Params
+    optimizer_state: Any
+
+
 class _Gradient(NamedTuple):
     """A gradient under way, or what went wrong in place of it."""
 
@@ -73,6 +93,7 @@ class Exact:
       torn: whether a row is half executed, so that `leaves` would make no sense.
       ahead: how many gradients it may compute ahead.
       interrupted: set it to have KeyboardInterrupt raised when the row is whole.
+      watch: called with each `Arrival`, if set.
     """
 
     def __init__(self, plan: Plan, problem: Problem, digest_every: int = 0) -> None:
@@ -99,6 +120,7 @@ class Exact:
         self.not_finite: list[int] = []
         self.in_a_row, self._rejected = 0, -1
         self.torn = self.interrupted = False
+        self.watch: Callable[[Arrival], None] | None = None
         last = plan.version.max(axis=0, initial=0)
         self._last = [int(v) for v in last]
         columns = (getattr(plan, name).tolist() for name in _Row._fields)
@@ -239,6 +261,11 @@ class Exact:
             self._rejected = -1 if self.finite[slot] else int(plan.row[row, s])
         shard, pool, write = self.shards[s], self.pool[s], plan.write[row, s]
         finite, taken = self.finite[slot], bool(plan.taken[row, s])
+        if self.watch is not None:
+            fresh = problem.publish(shard.params)
+            old, sent = pool[plan.stale[row, s]], self.accrued[slot][s]
+            at, state = int(plan.row[row, s]), shard.optimizer_state
+            self.watch(Arrival(at, s, fresh, old, sent, state))
         stale = None
         if "stale_params" in problem.provide:
             stale = pool[plan.stale[row, s]]

@@ -19,6 +19,8 @@ from dbjax.optim.lbfgs import scale_by_lbfgs as scale_by_lbfgs
 from dbjax.optim.local import LocalRule as LocalRule
 from dbjax.optim.minimize import MinimizeResult as MinimizeResult
 from dbjax.optim.minimize import minimize as minimize
+from dbjax.optim.sharpness import sharpness as sharpness
+from dbjax.optim.sharpness import stability_limit as stability_limit
 from dbjax.optim.stale import DelayGradientsState as DelayGradientsState
 from dbjax.optim.stale import StaleState as StaleState
 from dbjax.optim.stale import delay_gradients as delay_gradients
