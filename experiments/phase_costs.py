@@ -4,8 +4,8 @@ A cluster of equal machines, a second for a minibatch with a spread of 10 %.
 """
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -66,7 +66,7 @@ class Load(NamedTuple):
 def costs(
     study: "Study", workload: Workload, diagrams: Sequence["Diagram"]
 ) -> list[Cost]:
-    """Time the rules without a warm start that need no help, by number of replicas.
+    """Time `study.priced`, by number of replicas.
 
     Args:
       study: with the target, and how long a run may be.
@@ -81,15 +81,12 @@ def costs(
     loss = jax.jit(lambda params: workload.loss(params, batch))
     found = []
     for diagram in diagrams:
-        if RULES[diagram.rule].provide:
+        if diagram.rule not in study.priced:
             continue
         for index, replicas in enumerate(diagram.values.tolist()):
             order = np.where(diagram.failed, np.inf, diagram.loss)[index].argsort()
             trace = dbjax.simulate(
-                dbjax.Cluster(),
-                replicas=replicas,
-                steps=study.longest,
-                warmstart_steps=study.warm if RULES[diagram.rule].warm else 0,
+                dbjax.Cluster(), replicas=replicas, steps=study.longest
             )
             reached = []
             for rate in diagram.rates[order[: study.few]].tolist():
@@ -106,17 +103,17 @@ def _time_to(
     trace: Trace,
     rule: str,
     rate: float,
-    loss: object,
+    loss: Callable[[Params], Any],
 ) -> float:
     """Replay, and say when the loss is first at the target."""
 
     def evaluate(params: Params, step: int, time: float) -> dict[str, float]:
-        return {"loss": float(loss(params))}  # type: ignore[operator]
+        return {"loss": float(loss(params))}
 
     run = dbjax.replay(
         trace, workload.loss, workload.init(0), workload.data,
-        optimizer=RULES[rule].make(rate), exact=False, eval_fn=evaluate,
-        eval_every=max(1, study.longest // POINTS),
+        optimizer=RULES[rule].make(rate), provide=RULES[rule].provide, exact=False,
+        eval_fn=evaluate, eval_every=max(1, study.longest // POINTS),
     )  # fmt: skip
     there = [
         row["time"] for row in run.trace.evaluations if row["loss"] <= study.target

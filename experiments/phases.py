@@ -54,6 +54,7 @@ class Study:
       warm: of these, those of a warm start.
       hidden: units of the network's hidden layer.
       examples: augmented images to train on.
+      priced: rules, without a warm start, that are timed to the target.
       target: the training loss that time is measured to.
       longest: minibatches after which a target counts as not reached.
       few: the best rates of a diagram that are tried for that.
@@ -69,6 +70,7 @@ class Study:
     warm: int = 200
     hidden: int = 128
     examples: int = 10_000
+    priced: tuple[str, ...] = ("SGD", "SGD, momentum 0.9", "Adagrad", "SGD, DC-ASGD")
     target: float = 0.5
     longest: int = 4_000
     few: int = 3
@@ -79,7 +81,7 @@ class Study:
 SMOKE = Study(
     rules=("SGD", "Adagrad, warm start"), rates=(0.01, 0.1, 10.0), delays=(0, 2, 8),
     replicas=(1, 4), steps=60, warm=20, hidden=16,
-    examples=2_000, target=2.2, longest=60, few=1,
+    examples=2_000, priced=("SGD",), target=2.2, longest=60, few=1,
     crowd=(10, 100, 1_000), turns=8,
 )  # fmt: skip
 
@@ -240,8 +242,14 @@ def write(
             rows.writerows(_cells(diagram, "staleness"))
         for diagram in by_replicas:
             rows.writerows(_cells(diagram, "replicas"))
-        rows.writerows({"figure": "cost", **each._asdict()} for each in costs)
-        rows.writerows({"figure": "saturation", **each._asdict()} for each in loads)
+        for name, each in (("cost", costs), ("saturation", loads)):
+            for one in each:
+                rows.writerow({"figure": name, **_rounded(one._asdict())})
+
+
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    """Give floats with five digits."""
+    return {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
 
 
 def _cells(diagram: Diagram, along: str) -> list[dict[str, Any]]:
@@ -251,18 +259,18 @@ def _cells(diagram: Diagram, along: str) -> list[dict[str, Any]]:
         row: dict[str, Any] = {
             "figure": along,
             "rule": diagram.rule,
-            "staleness": f"{diagram.staleness[t]:.4g}",
-            "learning_rate": f"{diagram.rates[h]:.4g}",
-            "train_loss": f"{diagram.loss[t, h]:.5g}",
-            "test_accuracy": f"{diagram.accuracy[t, h]:.4f}",
+            "staleness": float(diagram.staleness[t]),
+            "learning_rate": float(diagram.rates[h]),
+            "train_loss": float(diagram.loss[t, h]),
+            "test_accuracy": float(diagram.accuracy[t, h]),
             "failed": int(diagram.failed[t, h]),
         }
         if along == "replicas":
             row["replicas"] = int(diagram.values[t])
         if diagram.limits is not None:
-            start, end = diagram.limits[:, t]
-            row |= {"limit_at_start": f"{start:.4g}", "limit_sharpest": f"{end:.4g}"}
-        rows.append(row)
+            start, end = diagram.limits[:, t].tolist()
+            row |= {"limit_at_start": start, "limit_sharpest": end}
+        rows.append(_rounded(row))
     return rows
 
 

@@ -119,7 +119,7 @@ def _handles(diagrams: Sequence["Diagram"]) -> list[Any]:
 def draw_costs(costs: Sequence[Cost], target: float) -> figure.Figure:
     """Draw wall time and replica-seconds to the target, by number of replicas."""
     picture, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4))
-    for rule, look in zip(_rules(costs), LOOKS, strict=False):
+    for index, (rule, look) in enumerate(zip(_rules(costs), LOOKS, strict=False)):
         mine = [each for each in costs if each.rule == rule]
         there = [each for each in mine if math.isfinite(each.wall_seconds)]
         x = [each.replicas for each in there]
@@ -129,7 +129,9 @@ def draw_costs(costs: Sequence[Cost], target: float) -> figure.Figure:
         top = {"color": look["color"], "linestyle": "", "marker": "x"}
         for panel in (left, right):
             high = panel.get_xaxis_transform()
-            panel.plot(never, [0.97] * len(never), transform=high, **top)
+            # Those of several rules one below the other.
+            place = [0.97 - 0.04 * index] * len(never)
+            panel.plot(never, place, transform=high, **top)
     first = [each.wall_seconds for each in costs if each.replicas == 1]
     if first and math.isfinite(min(first)):
         ideal = np.array(sorted({each.replicas for each in costs}))
@@ -145,6 +147,7 @@ def draw_costs(costs: Sequence[Cost], target: float) -> figure.Figure:
         panel.xaxis.set_minor_locator(ticker.NullLocator())
         if reached:
             panel.set_yscale("log")
+            panel.margins(y=0.2)
             plots.tick_logarithmic(panel.yaxis)
         else:
             middle = {"transform": panel.transAxes, "ha": "center", "va": "center"}
@@ -163,7 +166,7 @@ def _rules(costs: Sequence[Cost]) -> list[str]:
 
 @matplotlib.rc_context(plots.STYLE)
 def draw_saturation(loads: Sequence[Load]) -> figure.Figure:
-    """Draw updates a second and staleness, by number of replicas."""
+    """Draw updates a second and how busy replicas are, by number of replicas."""
     picture, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4))
     for shards, look in zip(
         dict.fromkeys(each.shards for each in loads), LOOKS, strict=False
@@ -173,15 +176,17 @@ def draw_saturation(loads: Sequence[Load]) -> figure.Figure:
         service = 1_000 / mine[0].most_updates_per_second
         name = f"{shards} shard{'s' * (shards > 1)}, {service:g} ms a push"
         left.plot(x, [each.updates_per_second for each in mine], label=name, **look)
-        right.plot(x, [each.staleness for each in mine], **look)
+        right.plot(x, [100 * each.utilisation for each in mine], **look)
         limit = {"color": look["color"], "linestyle": ":", "linewidth": 1.5}
         left.axhline(mine[0].most_updates_per_second, **limit)
     left.plot([], [], color="black", linestyle=":", linewidth=1.5, label="1 / service")
     left.set(ylabel="updates a second", title="Updates, until the shards are full")
-    right.set(ylabel="mean staleness (updates)", title="Staleness of a push")
+    right.set(ylabel="time spent computing (%)", title="What replicas do meanwhile")
+    right.set_ylim(0, 103)
+    left.set_yscale("log")
+    plots.tick_logarithmic(left.yaxis)
     for panel in (left, right):
-        panel.set(xscale="log", yscale="log", xlabel="replicas, a second a minibatch")
-        for axis in (panel.xaxis, panel.yaxis):
-            plots.tick_logarithmic(axis)
+        panel.set(xscale="log", xlabel="replicas, each a second a minibatch")
+        plots.tick_logarithmic(panel.xaxis)
     picture.legend(loc="outside lower center", ncols=3)
     return picture
