@@ -31,7 +31,7 @@ from dbjax.downpour.problem import Problem, copy, make_problem
 from dbjax.downpour.replay import check_trace, finish
 from dbjax.downpour.run import Run
 from dbjax.loss import make_loss
-from dbjax.optim import sharpness, stability_limit
+from dbjax.optim import LocalRule, sharpness, stability_limit
 from dbjax.trace import COMPUTE, Trace, statistics
 from dbjax.typing import Batch, Data, LossFn, Params
 
@@ -72,7 +72,7 @@ def probe(
     learning_rate: float | Callable[[Any], Params] | None = None,
     batch: Batch | None = None,
     provide: tuple[str, ...] = (),
-    local_optimizer: optax.GradientTransformation | None = None,
+    local_optimizer: optax.GradientTransformation | LocalRule | None = None,
     split: str = "even",
     per_shard: bool = False,
     version_dtype: Any = None,
