@@ -288,7 +288,7 @@ def slopes(params):
 RUNS = [(stale, run_stale), (delay_gradients, run_delayed)]
 
 
-@pytest.mark.parametrize("delays", [0, 1, 3, [0, 1, 0, 2, 1]])
+@pytest.mark.parametrize("delays", [0, 3, [0, 1, 0, 2, 1]])
 @pytest.mark.parametrize(("wrap", "run"), RUNS)
 def test_equal_delays_of_all_leaves_are_the_delay_of_all_to_the_bit(wrap, run, delays):
     rule = optax.adam(0.1)
@@ -298,7 +298,7 @@ def test_equal_delays_of_all_leaves_are_the_delay_of_all_to_the_bit(wrap, run, d
         assert_equal(run(wrap(rule, of_leaves), 8, slopes, DEEP), want)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_each_leaf_is_seen_at_its_own_age(seed):
     """The textbook: w[t+1] = w[t] - a gradient(each leaf of w[t - its delay])."""
     rng = np.random.default_rng(seed)
