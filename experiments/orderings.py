@@ -76,7 +76,7 @@ class Task(NamedTuple):
     loss: Callable[..., jax.Array]
     init: Callable[[int], Any]
     data: Any
-    held_out: Callable[[Any], jax.Array]
+    held_out: Callable[[Any], Any]
 
 
 @functools.cache
@@ -84,7 +84,7 @@ def task() -> Task:
     """Digits, 32 hidden units."""
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))
-    x, y = np.float32(images / 16)[order], labels[order]
+    x, y = np.asarray(images / 16, np.float32)[order], labels[order]
     model = dbjax.models.dense((64, 32, 10), activation=jnp.tanh, gain=1.0)
     data = dbjax.from_arrays({"x": x[TEST:], "label": y[TEST:]}, batch_size=32)
     rest = {"x": jnp.asarray(x[:TEST]), "label": jnp.asarray(y[:TEST])}
@@ -117,23 +117,23 @@ def ends(
 
 
 def momentum(size: Size) -> Study:
-    """The best explicit momentum, learning rate tuned, by number of replicas."""
-    counts, momenta = (1, 4, 16), np.array([-0.6, -0.3, 0.0, 0.3, 0.6, 0.8, 0.9])
+    """What a momentum of 0.9 costs or brings, by number of replicas, rates tuned."""
+    counts = (1, 4, 16)
     cluster = dbjax.Cluster(step_time=dbjax.Exponential(1.0))
     traces = [dbjax.simulate(cluster, replicas=n, steps=size.steps) for n in counts]
-    # A momentum of 0 as a traced number still keeps one.
     found = ends(
         traces,
         lambda learning_rate, momentum: optax.sgd(learning_rate, momentum),
-        {"learning_rate": np.array(size.rates), "momentum": momenta},
-        size.seeds,
+        {"learning_rate": np.array(size.rates), "momentum": np.array([0.0, 0.9])},
+        (0, *size.seeds),
     )
-    best = momenta[found.min(axis=1).argmin(axis=1)]
-    source = "Mitliagkas and others 2016"
-    values = {f"{n} replicas": best[i].tolist() for i, n in enumerate(counts)}
-    names = list(values)
-    claims = [(a, b, source) for a, b in zip(names[:-1], names[1:], strict=True)]
-    return Study("best momentum", values, claims, logarithmic=False)
+    best = found[..., 0].argmin(axis=1)  # [replicas, momenta]
+    values = {}
+    for i, n in enumerate(counts):
+        plain, heavy = (found[i, best[i, m], m, 1:] for m in (0, 1))
+        values[f"{n} replica" + "s" * (n > 1)] = (heavy / plain).tolist()
+    claims = [("16 replicas", "1 replica", "Mitliagkas and others 2016")]
+    return Study("held-out loss with momentum 0.9 over that without", values, claims)
 
 
 def rules(size: Size, replicas: int = 24) -> Study:

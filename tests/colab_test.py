@@ -18,6 +18,11 @@ SMOKE = {
     "02_sandblaster": {"ITERATIONS": 10, "REPLICAS": 4, "STEPS": 120, "MACHINES": 60},
     "03_partitions": {"STEPS": 20, "WIDTH": 64, "PARTITIONS": (2,)},
     "04_record_and_replay": {"STEPS": 120, "REPLICAS": 3, "RATES": 2},
+    "05_the_laboratory": {
+        "STEPS": 40,
+        "RATES": 2,
+        "BATTERY": "--smoke --only=logistic --clusters=equal --seeds=2 --budget=1",
+    },
 }
 
 

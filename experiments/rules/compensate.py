@@ -20,6 +20,7 @@ def rule(learning_rate, lam):
         return compensated, state
 
     correct = optax.GradientTransformationExtraArgs(
-        lambda params: optax.EmptyState(), update
+        lambda params: optax.EmptyState(),
+        update,  # pyrefly: ignore[bad-argument-type]
     )
     return optax.chain(correct, optax.sgd(learning_rate))
