@@ -1,0 +1,58 @@
+"""Verdicts on published orderings follow from the numbers, and a study runs."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+
+from experiments import orderings
+from experiments.orderings import Study, verdict
+
+INF = math.inf
+
+
+@pytest.mark.parametrize("logarithmic", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_verdict_is_on_the_side_of_the_interval(logarithmic, seed):
+    rng = np.random.default_rng(seed)
+    less = np.exp(0.1 * rng.standard_normal(6))
+    more = 2 * less + 0.01 * rng.standard_normal(6)
+    said, mean, half = verdict(more, less, logarithmic)
+    assert said == "as published" and mean > half > 0
+    if logarithmic:
+        assert np.exp(mean) == pytest.approx(2.0, rel=0.05)
+    said, other, _ = verdict(less, more, logarithmic)
+    assert said == "the other way round" and other == pytest.approx(-mean)
+    noise = np.exp(rng.standard_normal(6))
+    assert verdict(noise, np.roll(noise, 1), logarithmic)[0] == "no difference seen"
+    assert verdict(less, less, logarithmic)[:2] == ("no difference seen", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("more", "less", "said"),
+    [
+        ([INF] * 5, [1.0] * 5, "as published"),
+        ([1.0] * 5, [INF] * 5, "the other way round"),
+        ([INF] * 5, [INF] * 5, "no difference seen"),
+        ([INF, 1.0, 1.0, 1.0, 1.0], [1.0] * 5, "no difference seen"),
+        ([INF], [1.0], "no difference seen"),
+    ],
+)
+def test_runs_that_never_get_there_are_counted(more, less, said):
+    assert verdict(more, less, True)[0] == said
+    table = orderings.table(
+        {"one": Study("time", {"a": more, "b": less}, [("a", "b", "-")])}
+    )
+    assert f"never: {np.isinf(more).sum()} and {np.isinf(less).sum()} of" in table
+
+
+def test_the_smallest_study_leaves_its_table_numbers_and_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(orderings, "SMOKE", orderings.Size(20, (1, 2), (0.03, 0.3)))
+    orderings.main([f"--out={tmp_path}", "--smoke", "--only=momentum"])
+    with (tmp_path / "orderings.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["seed"] for row in rows] == ["1", "2"] * 3
+    assert all(math.isfinite(float(row["value"])) for row in rows)
+    assert "Mitliagkas" in (tmp_path / "orderings.md").read_text()
+    assert (tmp_path / "orderings.png").stat().st_size > 5_000
