@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = options.out or pathlib.Path("runs/battery") / options.rule.stem
     size = size_of(parser, options)
     console = rich.console.Console()
+    if not console.is_terminal:
+        console.width = 150
     keep_programs(options.cache / "compiled")
     rule, bad = look_at(options.rule)
     if rule and any(rule.name == one.name for one in BASELINES):
@@ -78,7 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     battery_page.write(page, out)
     console.print(report(page))
     for line in page.complaints:
-        console.print(f"BAD RULE {line}", style="bold red", markup=False)
+        console.print(
+            f"BAD RULE {line}", style="bold red", markup=False, soft_wrap=True
+        )
     console.print(f"Wrote {out / 'index.html'} and cells.csv.", soft_wrap=True)
     return 1 if page.is_bad else 0
 

@@ -13,17 +13,18 @@ import os
 import pathlib
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from experiments.battery_rules import Rule, Setting
+from experiments.battery_rules import Rule, Setting, said
 from experiments.battery_runs import Curve
 from experiments.figure_curves import crossing
 
 VERSION = 1  # of what cells compute; another one makes all files void
 TUNE, REPORT = "tune", "report"
 TUNING_SEED = 1_000  # none of those that are reported
+T = TypeVar("T")
 LAST = 3  # evaluations whose mean is a run's end
 
 
@@ -123,25 +124,33 @@ class Outcome(NamedTuple):
         return crossing(np.array(self.curve.seconds), -finite, -target)
 
 
-def keep(cell: Cell, folder: pathlib.Path, run: Callable[[], Curve]) -> Outcome:
+def keep(
+    cell: Cell,
+    folder: pathlib.Path,
+    prepare: Callable[[], T],
+    run: Callable[[T], Curve],
+) -> Outcome:
     """Read a cell, or run it and write it.
 
     Args:
       cell: what is asked for.
       folder: of the files.
+      prepare: gives what the run needs and no rule has a part in.
       run: runs it.
 
     Returns:
-      What came of it. An error of the rule's is an outcome too, and is not written.
+      What came of it. An error of `run`, so of the rule, is an outcome too, and is not
+      written.
     """
     file = folder / cell.file
     saved = _read(file)
     if saved is not None:
         return Outcome(cell, saved)
+    ready = prepare()
     try:
-        curve = run()
+        curve = run(ready)
     except Exception as error:  # whatever a stranger's rule may raise
-        return Outcome(cell, None, f"{type(error).__name__}: {error}".split("\n")[0])
+        return Outcome(cell, None, said(error))
     folder.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}.part")
     part.write_text(json.dumps(cell.about | {"curve": curve._asdict()}))

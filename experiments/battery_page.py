@@ -291,6 +291,10 @@ def _row(one: Judged) -> list[str]:
     if one.diverged and one.diverged < len(one.runs):
         rest = one.ends[np.isfinite(one.ends)]
         remarks.append(f"the other runs end at {rest.mean():.3f}")
+    if one.worse:
+        remarks.append(
+            f"{one.worse} of {len(one.runs)} runs end above where they began"
+        )
     return [
         html.escape(one.rule.name),
         interval(one.loss),
@@ -368,9 +372,9 @@ def _method(page: Page) -> Iterator[str]:
         f"last {LAST} evaluations. Settings: {grids}.",
         "The losses are means with Student's intervals; differences likewise. The time "
         f"to the target is when the held-out loss stays below it for {HOLD} "
-        "evaluations, as the median and a bootstrap interval; a run that never gets "
-        "there counts as later than all others. No run is left out: where one "
-        "diverges, the mean has no value.",
+        "evaluations, as the median (of two, the later) and a bootstrap interval; a "
+        "run that never gets there counts as later than all others. No run is left "
+        "out: where one diverges, the mean has no value.",
         "The best baseline is picked by the reported runs, which is a little to its "
         "advantage; with so many comparisons one in twenty seems to differ by chance.",
         "Rejected: pushes that were not applied because a gradient was not finite. The "

@@ -96,6 +96,9 @@ def lay_out(workload: Workload, trace: Trace, seed: int, points: int) -> Schedul
 
     Returns:
       The schedule.
+
+    Raises:
+      ValueError: the Trace has other pushes than of one gradient each.
     """
     params = workload.init(seed)
     problem = make_problem(
@@ -103,6 +106,8 @@ def lay_out(workload: Workload, trace: Trace, seed: int, points: int) -> Schedul
         shards=1, replicas=int(trace.header["replicas"]),
     )  # fmt: skip
     plan = make_plan(trace)
+    if not plan.direct or not plan.taken.all():
+        raise ValueError("the battery runs Traces of pushes of one gradient each")
     # Nobody holds more than one version, and one is being made: the same room for all.
     slots = max(plan.slots, int(trace.header["replicas"]) + 1)
     plan = dataclasses.replace(plan, slots=slots)
@@ -173,9 +178,6 @@ def run(program: Program, schedule: Schedule, setting: Setting) -> Curve:
 
     Returns:
       What came of it.
-
-    Raises:
-      ValueError: the order of events is not that of pushes of one gradient each.
     """
     curve, _ = run_to_params(program, schedule, setting)
     return curve
@@ -186,8 +188,6 @@ def run_to_params(
 ) -> tuple[Curve, Params]:
     """As `run`, and give the last parameters too."""
     plan, trace = schedule.plan, schedule.plan.trace
-    if not plan.direct or not plan.taken.all():
-        raise ValueError("the battery runs Traces of pushes of one gradient each")
     # Weakly typed, as Python's numbers are: they do not widen narrow parameters.
     traced = {name: jnp.asarray(value) for name, value in setting.items()}
     (part,) = program.problem.split(schedule.params)

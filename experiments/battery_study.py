@@ -83,6 +83,13 @@ class Judged:
         return int(np.isinf(self.ends).sum())
 
     @property
+    def worse(self) -> int:
+        """How many of the others end above where they began."""
+        return sum(
+            math.inf > run.end > run.curve.losses[0] for run in self.runs if run.curve
+        )
+
+    @property
     def loss(self) -> Interval:
         """Mean held-out loss at the end; infinite if any run diverged."""
         return mean_of(self.ends)
@@ -283,13 +290,15 @@ def _judge_on(
             raise _Stopped
         cell = Cell(rule, workload.name, cluster.name, stage, seed, setting, size)
 
-        def run() -> Curve:
+        def prepare() -> Schedule:
+            return shelf.schedule(workload, cluster, seed)
+
+        def run(schedule: Schedule) -> Curve:
             if not made:  # not if all is read
                 made.append(battery_runs.make_program(workload, rule, setting))
-            schedule = shelf.schedule(workload, cluster, seed)
             return battery_runs.run(made[0], schedule, setting)
 
-        result = battery_cells.keep(cell, folder, run)
+        result = battery_cells.keep(cell, folder, prepare, run)
         battery.done()
         return result
 

@@ -208,6 +208,11 @@ def test_nothing_that_fails_is_left_out():
     apart = judged(0.4, math.inf, 0.4)
     assert apart.diverged == 1 and apart.loss.middle == math.inf
     assert battery_page.interval(apart.loss) == "diverged"
+    error = battery_study._error(apart.trials, apart.runs)
+    assert error == "diverged: 1 of 3 runs with the best setting"
+    assert not battery_study._error(late.trials, late.runs)
+    gone = judged(0.4, 1.5, 0.4)
+    assert gone.worse == 1 and "1 of 3 runs end above" in battery_page._row(gone)[-1]
     assert "grid" in late.edge and "largest" in late.edge
 
 
@@ -267,10 +272,10 @@ def test_the_smallest_battery_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
     assert "no difference seen" in page and "This rule is bad" not in page
     assert "src='http" not in page and "<script" not in page
     # Another rule finds the baseline's cells.
-    assert tiny("rule = optax.adam") == 0
+    assert tiny("rule = optax.sgd  # otherwise") == 0
     assert len(started) == 3 + 8 - 2 + 4
     # One more seed is one more cell each.
-    assert tiny("rule = optax.adam", "--seeds=3") == 0
+    assert tiny("rule = optax.sgd  # otherwise", "--seeds=3") == 0
     assert len(started) == 3 + 8 - 2 + 4 + 2
 
 
