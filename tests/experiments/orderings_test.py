@@ -2,6 +2,8 @@
 
 import csv
 import math
+import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from experiments import orderings
 from experiments.orderings import Study, verdict
 
 INF = math.inf
+FOLDER = pathlib.Path(__file__).parents[2] / "experiments"
 
 
 @pytest.mark.parametrize("logarithmic", [True, False])
@@ -45,6 +48,30 @@ def test_runs_that_never_get_there_are_counted(more, less, said):
         {"one": Study("time", {"a": more, "b": less}, [("a", "b", "-")])}
     )
     assert f"never: {np.isinf(more).sum()} and {np.isinf(less).sum()} of" in table
+
+
+def test_what_is_written_is_what_the_numbers_say():
+    with (FOLDER / "figures/orderings.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    text = (FOLDER / "README.md").read_text()
+    written = re.findall(
+        r"^\| (momentum|rules|protocols|alone) \| (.+) \| (.+) \| (.+) \| "
+        r"(.+ and others \d+) \| (.+) \| (.+) \|$",
+        text,
+        re.MULTILINE,
+    )
+    assert len(written) == 17
+    for name, measure, more, less, source, *_ in written:
+        values = {
+            method: [
+                float(row["value"])
+                for row in rows
+                if (row["study"], row["method"]) == (name, method)
+            ]
+            for method in (more, less)
+        }
+        study = Study(measure, values, [(more, less, source)])
+        assert orderings.table({name: study}).splitlines()[-1] in text
 
 
 def test_the_smallest_study_leaves_its_table_numbers_and_picture(tmp_path, monkeypatch):
