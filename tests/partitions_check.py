@@ -265,11 +265,11 @@ def check_what_does_not_fit_is_said():
             assert words in str(error), (words, str(error))
 
 
-def check_the_readme_example():
-    text = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+def check_the_documented_example():
+    text = (pathlib.Path(__file__).parents[1] / "docs/partitions.md").read_text()
     (block,) = re.findall(r"^```py\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
     names = {"dbjax": dbjax, "jax": jax, "np": np}
-    exec(compile(block, "README.md", "exec"), names)
+    exec(compile(block, "partitions.md", "exec"), names)
     exchanged = names["run"].trace.partition_bytes()
     assert exchanged.shape == (2, 2)
     assert exchanged.diagonal().min() > 100 * (exchanged.sum() - exchanged.trace())

@@ -87,10 +87,7 @@ def test_replicas_that_train_by_themselves_are_replayed(runtime, method):
     assert end < 0.9 * start
 
 
-PROTOCOLS = [
-    dbjax.synchronous(), dbjax.synchronous(backups=1), dbjax.synchronous(backups=2),
-    dbjax.ssp(1), dbjax.delay_threshold(2),
-]  # fmt: skip
+PROTOCOLS = [dbjax.synchronous(), dbjax.synchronous(backups=1), dbjax.ssp(1)]
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: protocol.name)

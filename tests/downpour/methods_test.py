@@ -31,8 +31,9 @@ def compiled_once(monkeypatch):
     problems.compile_once(monkeypatch)
 
 
-@pytest.mark.parametrize("runtime", [dbjax.Emulated(), UNEVEN, FAR])
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(
+    ("runtime", "shards"), [(dbjax.Emulated(), 1), (UNEVEN, 3), (FAR, 3)]
+)
 @pytest.mark.parametrize(("replicas", "every"), [(1, 4), (3, 1), (3, 4), (2, 12)])
 def test_parameter_averaging(replicas, every, shards, runtime):
     settings = parameter_averaging(replicas=replicas, every=every)
@@ -45,8 +46,9 @@ def test_parameter_averaging(replicas, every, shards, runtime):
     problems.assert_replays(run, **settings)
 
 
-@pytest.mark.parametrize("runtime", [dbjax.Emulated(), UNEVEN, FAR])
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(
+    ("runtime", "shards"), [(dbjax.Emulated(), 1), (UNEVEN, 3), (FAR, 3)]
+)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_diloco(momentum, shards, runtime):
     settings = diloco_of_sgd(replicas=3, every=4, momentum=momentum)
@@ -79,8 +81,7 @@ def test_diloco_keeps_the_inner_rule_s_state():
     np.testing.assert_allclose(problems.flat(run.params), want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("runtime", [dbjax.Emulated(), UNEVEN])
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(("runtime", "shards"), [(dbjax.Emulated(), 3), (UNEVEN, 1)])
 @pytest.mark.parametrize(("replicas", "alpha"), [(1, 0.9), (3, 0.3), (4, None)])
 @pytest.mark.parametrize("every", [1, 4])
 def test_easgd(every, replicas, alpha, shards, runtime):
