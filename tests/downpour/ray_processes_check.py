@@ -4,6 +4,7 @@ import os
 import pathlib
 import signal
 import sys
+import time
 
 import jax
 from jax.sharding import PartitionSpec
@@ -16,12 +17,17 @@ RULES = [("w", PartitionSpec(None, "model"))]
 
 
 class Deadly:
-    """Kills the second process of replica 1, once, at its minibatch 4."""
+    """Kills the second process of replica 1, once, at its minibatch 4.
+
+    Replica 0 waits for that: the other one may be late to come.
+    """
 
     def __init__(self, done: pathlib.Path) -> None:
         self.done = done
 
     def __call__(self, replica: int, step: int) -> None:
+        while replica == 0 and step >= 4 and not self.done.exists():
+            time.sleep(0.01)
         there = replica == 1 and jax.process_index() == 1
         if there and step == 4 and not self.done.exists():
             self.done.touch()
