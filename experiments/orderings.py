@@ -21,17 +21,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 import rich.console
 import scipy.stats
-from matplotlib import pyplot as plt
 from sklearn.datasets import load_digits
 
 import dbjax
 from dbjax import downpour, optim
-from experiments import plots
+from experiments import plots, plots_orderings
 from experiments.bench_table import list_of
 
 TEST = 400
@@ -364,38 +362,6 @@ def table(found: Mapping[str, Study]) -> str:
     return "\n".join(lines) + "\n"
 
 
-@matplotlib.rc_context(plots.STYLE)
-def picture(found: Mapping[str, Study]) -> Any:
-    """Draw every seed of every method, a panel for each study."""
-    rows = [max(3, len(study.values)) for study in found.values()]
-    figure, panels = plt.subplots(
-        len(found), 1, figsize=(8, 0.9 * len(found) + 0.33 * sum(rows)),
-        squeeze=False, height_ratios=rows,
-    )  # fmt: skip
-    for panel, (name, study) in zip(panels[:, 0], found.items(), strict=True):
-        for row, values in enumerate(study.values.values()):
-            reached = [value for value in values if math.isfinite(value)]
-            colour = plots.COLOURS[row % len(plots.COLOURS)]
-            panel.plot(reached, [row] * len(reached), "o", color=colour, alpha=0.6)
-            if reached:
-                middle = np.exp(np.mean(np.log(reached))) if study.logarithmic else (
-                    np.mean(reached)
-                )  # fmt: skip
-                panel.plot(middle, row, "|", color="black", markersize=14)
-            if lost := len(values) - len(reached):
-                where = panel.get_yaxis_transform()
-                panel.text(
-                    1.01, row, f"{lost} never", transform=where, va="center"
-                )  # fmt: skip
-        panel.set_yticks(range(len(study.values)), list(study.values))
-        panel.invert_yaxis()
-        panel.set(title=name, xlabel=study.measure)
-        if study.logarithmic:
-            panel.set_xscale("log")
-            plots.tick_logarithmic(panel.xaxis)
-    return figure
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the studies asked for."""
     parser = argparse.ArgumentParser(description="Published orderings, found here?")
@@ -418,7 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for method, values in one.values.items():
                     for seed, value in zip(size.seeds, values, strict=True):
                         writer.writerow((study, one.measure, method, seed, value))
-        plots.save({"orderings": picture(found)}, options.out)
+        plots.save({"orderings": plots_orderings.draw(found)}, options.out)
     console.print(f"Wrote {options.out / 'orderings.md'} and .csv, .png.")
 
 

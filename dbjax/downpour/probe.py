@@ -32,6 +32,7 @@ from dbjax.downpour.replay import check_trace, finish
 from dbjax.downpour.run import Run
 from dbjax.loss import make_loss
 from dbjax.optim import LocalRule, sharpness, stability_limit
+from dbjax.optim.local import GRADIENTS, as_local_rule
 from dbjax.trace import COMPUTE, Trace, statistics
 from dbjax.typing import Batch, Data, LossFn, Params
 
@@ -47,6 +48,7 @@ class Probes(NamedTuple):
       time: `[K]` when the last shard handled it.
       replica: `[K]` whose it is.
       staleness: `[K, S]` updates that it missed.
+      skipped: pushes that were to be sampled, and that some shard never saw.
       values: name to `[K]` floats; see `probe`.
       run: the replay, as `replay` returns it.
     """
@@ -56,6 +58,7 @@ class Probes(NamedTuple):
     time: np.ndarray
     replica: np.ndarray
     staleness: np.ndarray
+    skipped: int
     values: dict[str, np.ndarray]
     run: Run
 
@@ -101,7 +104,7 @@ def probe(
 
     Args:
       trace: as in `replay`; its shards were not restored. A push that some shard never
-        saw is not sampled.
+        saw is skipped, and counted.
       loss_fn: as in `replay`.
       params: as in `replay`.
       data: as in `replay`; `"cosine"` reads minibatches again.
@@ -112,7 +115,7 @@ def probe(
         optimizer state that gives the positive rate of each of its coordinates.
       batch: what the curvature is of; the first minibatch if not given.
       provide: as in `train`.
-      local_optimizer: as in `train`.
+      local_optimizer: as in `train`; `"cosine"` needs one that pushes gradients.
       split: as in `train`.
       per_shard: as in `train`.
       version_dtype: as in `replay`.
@@ -144,6 +147,12 @@ def probe(
     if trace.incarnation.any():
         raise ValueError("the Trace holds a shard that was restored from a snapshot")
     _check(data, probes, every, learning_rate, batch)
+    local = None if local_optimizer is None else as_local_rule(local_optimizer)
+    if local is not None and local.push != GRADIENTS and "cosine" in probes:
+        raise ValueError(
+            f"the probe 'cosine' compares gradients, and push={local.push!r} of the "
+            f"local_optimizer pushes none: give probes=('distance',)"
+        )
     problem = make_problem(
         loss_fn, params, data, optimizer=optimizer, shards=int(trace.header["shards"]),
         replicas=int(trace.header["replicas"]), provide=provide,
@@ -178,6 +187,7 @@ def probe(
         time=sampled.time,
         replica=sampled.replica,
         staleness=sampled.staleness,
+        skipped=sampled.skipped,
         values=watch.values(),
         run=finish(trace, machine, plan, "exact", []),
     )
@@ -222,6 +232,7 @@ class _Sampled:
         staleness = trace.staleness()
         chosen = np.arange(0, len(staleness), every)
         self.push = chosen[(staleness[chosen] >= 0).all(axis=1)]
+        self.skipped = len(chosen) - len(self.push)
         self.staleness = staleness[self.push]
         last = np.zeros(len(staleness), np.int64)
         last[push] = rows  # the last assignment wins

@@ -10,7 +10,7 @@ import pytest
 
 import dbjax
 from dbjax import trace as trace_lib
-from dbjax.optim import stability_limit
+from dbjax.optim import LocalRule, stability_limit
 from dbjax.server.layout import Layout
 from tests import problems, textbook
 from tests.problems import ADAGRAD, DATA, PARAMS, SGD, loss_fn
@@ -273,6 +273,10 @@ class Iterators:
         (dict(learning_rate=-0.1), "learning_rate=-0.1: allowed are positive"),
         (dict(data=Iterators()), "'cosine' reads minibatches again"),
         (
+            dict(local_optimizer=LocalRule(SGD, "position")),
+            "'cosine' compares gradients, and push='position'",
+        ),
+        (
             dict(data=Iterators(), probes=["stability"], learning_rate=0.1),
             "take the first minibatch away",
         ),
@@ -292,6 +296,7 @@ def test_restored_shards_are_refused_and_torn_pushes_left_out():
     whole = (staleness >= 0).all(axis=1)
     assert not whole.all()
     seen = probe(cut)
+    assert seen.skipped == np.count_nonzero(~whole)
     np.testing.assert_array_equal(seen.axes["push"], np.flatnonzero(whole))
     np.testing.assert_array_equal(seen.staleness, staleness[whole])
 
