@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from dbjax.whole import whole
+
 
 def constant(steps: int, delay: int) -> np.ndarray:
     r"""Every gradient is equally late, as where replicas take turns.
@@ -34,8 +36,8 @@ def constant(steps: int, delay: int) -> np.ndarray:
     >>> constant(6, 2)
     array([0, 1, 2, 2, 2, 2])
     """
-    _check("delay", delay, 0)
-    return _possible(np.full(_check("steps", steps, 1), delay))
+    whole("delay", delay, 0)
+    return _possible(np.full(whole("steps", steps, 1), delay))
 
 
 def cyclic(steps: int, period: int) -> np.ndarray:
@@ -60,7 +62,7 @@ def cyclic(steps: int, period: int) -> np.ndarray:
     >>> cyclic(6, 3)
     array([0, 1, 2, 0, 1, 2])
     """
-    return np.arange(_check("steps", steps, 1)) % _check("period", period, 1)
+    return np.arange(whole("steps", steps, 1)) % whole("period", period, 1)
 
 
 def bursts(steps: int, delay: int, every: int, length: int = 1) -> np.ndarray:
@@ -83,11 +85,11 @@ def bursts(steps: int, delay: int, every: int, length: int = 1) -> np.ndarray:
     >>> bursts(8, delay=3, every=4, length=2)
     array([0, 0, 2, 3, 0, 0, 3, 3])
     """
-    _check("delay", delay, 0)
-    _check("every", every, 1)
+    whole("delay", delay, 0)
+    whole("every", every, 1)
     if not 0 <= operator.index(length) <= every:
         raise ValueError(f"length={length}: allowed are integers from 0 to {every}")
-    late = np.arange(_check("steps", steps, 1)) % every >= every - length
+    late = np.arange(whole("steps", steps, 1)) % every >= every - length
     return _possible(np.where(late, delay, 0))
 
 
@@ -114,7 +116,7 @@ def straggler(steps: int, delay: int) -> np.ndarray:
     >>> straggler(9, 3)
     array([0, 0, 0, 3, 0, 0, 0, 3, 0])
     """
-    return bursts(steps, delay, _check("delay", delay, 0) + 1)
+    return bursts(steps, delay, whole("delay", delay, 0) + 1)
 
 
 def growing(steps: int, fraction: float, most: int) -> np.ndarray:
@@ -142,8 +144,8 @@ def growing(steps: int, fraction: float, most: int) -> np.ndarray:
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction={fraction}: allowed are numbers from 0 to 1")
-    grown = np.floor(fraction * np.arange(_check("steps", steps, 1)))
-    return _possible(np.minimum(grown.astype(np.int64), _check("most", most, 0)))
+    grown = np.floor(fraction * np.arange(whole("steps", steps, 1)))
+    return _possible(np.minimum(grown.astype(np.int64), whole("most", most, 0)))
 
 
 def geometric(steps: int, mean: float, seed: int) -> np.ndarray:
@@ -173,8 +175,8 @@ def geometric(steps: int, mean: float, seed: int) -> np.ndarray:
     """
     if not 0 <= mean < math.inf:
         raise ValueError(f"mean={mean}: allowed are finite numbers from 0")
-    random = np.random.default_rng(_check("seed", seed, 0))
-    draws = random.geometric(1 / (1 + mean), _check("steps", steps, 1))
+    random = np.random.default_rng(whole("seed", seed, 0))
+    draws = random.geometric(1 / (1 + mean), whole("steps", steps, 1))
     return _possible(draws - 1)
 
 
@@ -246,8 +248,8 @@ def per_stage(steps: int, stages: int) -> np.ndarray:
            [2, 1, 0],
            [2, 1, 0]])
     """
-    late = np.arange(_check("stages", stages, 1))[::-1]
-    return np.minimum(late, np.arange(_check("steps", steps, 1))[:, None])
+    late = np.arange(whole("stages", stages, 1))[::-1]
+    return np.minimum(late, np.arange(whole("steps", steps, 1))[:, None])
 
 
 def pipeline(stages: int, rank_of: Callable[[str], int]) -> Callable[[str], int]:
@@ -273,7 +275,7 @@ def pipeline(stages: int, rank_of: Callable[[str], int]) -> Callable[[str], int]
     >>> delay("0/w"), delay("1/w"), delay("2/w")
     (2, 1, 0)
     """
-    _check("stages", stages, 1)
+    whole("stages", stages, 1)
 
     def delay(path: str) -> int:
         rank = operator.index(rank_of(path))
@@ -285,12 +287,6 @@ def pipeline(stages: int, rank_of: Callable[[str], int]) -> Callable[[str], int]
         return stages - rank - 1
 
     return delay
-
-
-def _check(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
-        raise ValueError(f"{name}={value!r}: allowed are integers from {least}")
-    return operator.index(value)
 
 
 def _possible(delays: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent / "dbjax"
 # A room is a module or a folder of dbjax/. Imports go to a lower level or stay inside
 # the room; rooms on one level do not import each other.
 LEVELS = (
-    ("typing",),
+    ("typing", "whole"),
     ("trees", "mesh", "loss", "data", "trace", "schedules", "checkpoint"),
     ("cluster", "models", "optim", "server"),
     ("runtime",),

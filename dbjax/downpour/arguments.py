@@ -1,6 +1,5 @@
 """The plain arguments of a Downpour run, checked before anything runs."""
 
-import operator
 import os
 import pathlib
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ import numpy as np
 
 from dbjax.downpour.protocol import Protocol
 from dbjax.typing import EvalFn
+from dbjax.whole import whole
 
 
 class Arguments(NamedTuple):
@@ -63,33 +63,6 @@ class Arguments(NamedTuple):
 
 def _plain(period: int | tuple[int, ...]) -> int | list[int]:
     return period if isinstance(period, int) else list(period)
-
-
-def whole(name: str, value: Any, least: int) -> int:
-    """Check that an argument is an integer of at least `least`.
-
-    Args:
-      name: what it is called in the error.
-      value: the argument.
-      least: the least value allowed.
-
-    Returns:
-      The value as an int.
-
-    Raises:
-      ValueError: it is no integer, or below `least`.
-    """
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(
-            f"{name} must be an integer of at least {least}; got {value!r}."
-        ) from None
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}; got {number}.")
-    return number
 
 
 def _period(name: str, value: Any, replicas: int) -> int | tuple[int, ...]:

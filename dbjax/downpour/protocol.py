@@ -5,11 +5,11 @@ lines. It never sees a value, so the order of a run does not depend on values.
 """
 
 import math
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dbjax.downpour.clocks import Clocks, SharedRounds
+from dbjax.whole import whole
 
 
 class Protocol(NamedTuple):
@@ -93,7 +93,7 @@ def synchronous(every: int = 1, backups: int = 0) -> Protocol:
     >>> synchronous().name, synchronous(backups=2).name
     ('synchronous', 'synchronous(backups=2)')
     """
-    every, backups = _count("every", every, 1), _count("backups", backups, 0)
+    every, backups = whole("every", every, 1), whole("backups", backups, 0)
     if backups:
         if every > 1:
             raise ValueError(
@@ -143,7 +143,7 @@ def delay_threshold(threshold: float) -> Protocol:
     """
     if threshold == math.inf:
         return asynchronous()._replace(name="delay_threshold(inf)")
-    most = _count("threshold", threshold, 1)
+    most = whole("threshold", threshold, 1)
     return Protocol(
         f"delay_threshold({most})",
         may_begin=_always,
@@ -176,7 +176,7 @@ def ssp(bound: float) -> Protocol:
     """
     if bound == math.inf:
         return asynchronous()._replace(name="ssp(inf)")
-    bound = _count("bound", bound, 0)
+    bound = whole("bound", bound, 0)
     if bound == 0:
         return synchronous()._replace(name="ssp(0)")
     return Protocol(
@@ -186,16 +186,3 @@ def ssp(bound: float) -> Protocol:
         ),
         by_slowest=True,
     )
-
-
-def _count(name: str, value: float, least: int) -> int:
-    """Give a whole number of at least `least`."""
-    try:
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = least - 1
-    if number < least or isinstance(value, bool):
-        raise ValueError(f"{name}={value}: allowed are integers from {least}")
-    return number

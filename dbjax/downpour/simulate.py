@@ -11,11 +11,12 @@ import numpy as np
 
 from dbjax.cluster import Cluster
 from dbjax.downpour import free_running
-from dbjax.downpour.arguments import Arguments, check_arguments, whole
+from dbjax.downpour.arguments import Arguments, check_arguments
 from dbjax.downpour.program import make_program
 from dbjax.downpour.protocol import Protocol, asynchronous
 from dbjax.runtime import emulated
 from dbjax.trace import Trace
+from dbjax.whole import whole
 
 _ASYNCHRONOUS = asynchronous()
 

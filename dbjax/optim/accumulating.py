@@ -3,7 +3,6 @@
 Letters: `N` pushes that belong together, `g` what one of them carries.
 """
 
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from dbjax.typing import Params
+from dbjax.whole import whole
 
 
 def softsync(
@@ -41,7 +41,7 @@ def softsync(
     >>> float(tx.update(jnp.float32(3), state)[0])
     -2.0
     """
-    count = _whole("pushes", pushes)
+    count = whole("pushes", pushes, 1)
     return optax.MultiSteps(optimizer, count).gradient_transformation()
 
 
@@ -79,7 +79,7 @@ def delayed_nesterov(
     >>> float(updates), float(tx.update(jnp.float32(2), state)[0])
     (-1.0, -2.0)
     """
-    n = _whole("pushes", pushes)
+    n = whole("pushes", pushes, 1)
 
     def init(params: Params) -> DelayedNesterovState:
         nothing = jax.tree.map(jnp.zeros_like, params)
@@ -129,13 +129,3 @@ def elastic(alpha: float) -> optax.GradientTransformation:
         return jax.tree.map(lambda x, w: alpha * (x - w), updates, params), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-def _whole(name: str, value: int) -> int:
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"{name}={value!r}: allowed are integers from 1")
-    return number

@@ -294,7 +294,7 @@ def test_a_large_bound_is_never_felt():
 
 @pytest.mark.parametrize("bound", [-1, 0.5, float("nan")])
 def test_a_bound_that_is_not_allowed_is_named(bound):
-    with pytest.raises(ValueError, match=f"bound={bound}"):
+    with pytest.raises(ValueError, match=f"bound must be .*{bound}"):
         dbjax.ssp(bound)
 
 
@@ -393,11 +393,11 @@ def test_a_round_of_several_minibatches_waits_once(every, latency):
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda: dbjax.synchronous(every=0), "every=0"),
-        (lambda: dbjax.synchronous(backups=-1), "backups=-1"),
+        (lambda: dbjax.synchronous(every=0), "every must be .*0"),
+        (lambda: dbjax.synchronous(backups=-1), "backups must be .*-1"),
         (lambda: dbjax.synchronous(every=2, backups=1), "every=2 and backups=1"),
-        (lambda: dbjax.delay_threshold(0), "threshold=0"),
-        (lambda: dbjax.delay_threshold(1.5), "threshold=1.5"),
+        (lambda: dbjax.delay_threshold(0), "threshold must be .*0"),
+        (lambda: dbjax.delay_threshold(1.5), "threshold must be .*1.5"),
     ],
 )
 def test_arguments_that_are_not_allowed_are_named(make, named):
