@@ -1,5 +1,6 @@
 import os
 import re
+import signal
 
 import jax
 import pytest
@@ -10,6 +11,10 @@ from jax.experimental.compilation_cache import compilation_cache
 # several devices talk to each other.
 os.environ["NPROC"] = str(max(64, int(os.environ.get("NPROC") or 0)))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# A script's background job is deaf to Ctrl-C, which some tests press.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How tests on Ray are called: those of a file, or with a parameter.
 ON_RAY = re.compile(r"ray_test\.py::|[-\[]ray\b")
