@@ -1,4 +1,4 @@
-"""What is written of figures 4 and 5 is what their numbers say."""
+"""What is written of figures 4 and 5, and of phases, is what their numbers say."""
 
 import csv
 import math
@@ -107,3 +107,85 @@ def test_lbfgs_alone_overfits():
         ]
         falls = max(test) - test[-1] > 1.0
         assert falls == method.startswith("L-BFGS"), method
+
+
+PHASES = _read("phases.csv")[1]
+
+
+def _losses(rule, along="staleness"):
+    """Loss by rate, by the axis' value; infinite where it failed."""
+    found = {}
+    for row in PHASES:
+        if (row["rule"], row["figure"]) == (rule, along):
+            loss = math.inf if row["failed"] == "1" else float(row["train_loss"])
+            rates = found.setdefault(round(float(row[along])), {})
+            rates[float(row["learning_rate"])] = loss
+    return found
+
+
+def _best(rule, along="staleness"):
+    return {at: min(one, key=one.get) for at, one in _losses(rule, along).items()}
+
+
+def test_best_rates_follow_the_limit_of_theory():
+    rates = sorted(_losses("SGD")[0])
+    best = _best("SGD")
+    for row in PHASES:
+        key = row["rule"], row["figure"], row["learning_rate"]
+        if key == ("SGD", "staleness", "0.001") and float(row["staleness"]) >= 1:
+            place = rates.index(best[round(float(row["staleness"]))])
+            around = rates[max(place - 1, 0)], [*rates, 9.0][place + 1]
+            assert around[0] < float(row["limit_at_start"]) < around[1]
+
+
+@pytest.mark.parametrize(
+    ("rule", "times"), [("SGD, momentum 0.9", 55), ("SGD", 25), ("Adagrad", 11)]
+)
+def test_best_rates_shrink_as_it_is_written(rule, times):
+    best = _best(rule)
+    assert best[0] / best[64] == pytest.approx(times, rel=0.02)
+
+
+def test_what_is_written_of_losses_under_staleness():
+    rules = {row["rule"] for row in PHASES if row["figure"] == "staleness"}
+    lowest = {
+        name: {at: min(one.values()) for at, one in _losses(name).items()}
+        for name in rules
+    }
+    for at, loss in lowest["Adagrad, warm start"].items():
+        assert loss <= min(one[at] for one in lowest.values())
+        assert at == 0 or loss < lowest["Adagrad"][at]
+    for name, loss in (("Adagrad, warm start", 0.18), ("Adagrad", 0.30), ("SGD", 0.34)):
+        assert lowest[name][16] == pytest.approx(loss, abs=0.006)
+    alone = _best("SGD")[0]
+    aware = {"SGD, rate / staleness", "SGD, gap-aware"}
+    for name in aware:
+        assert all(math.isfinite(one[alone]) for one in _losses(name).values())
+    replicas = _losses("SGD, gap-aware", "replicas")
+    assert [n for n, one in replicas.items() if math.isinf(one[alone])] == [64]
+    for name in aware | {"SGD, DC-ASGD", "AdaDelay"}:
+        for at in (one for one in lowest["SGD"] if one > 0):
+            assert lowest[name][at] > 0.78 * lowest["SGD"][at]
+
+
+def test_what_is_written_of_the_price_of_replicas():
+    seconds, paid = {}, {}
+    for row in (row for row in PHASES if row["figure"] == "cost"):
+        key = row["rule"], int(row["replicas"])
+        seconds[key], paid[key] = (
+            float(row["wall_seconds"]),
+            float(row["replica_seconds"]),
+        )
+    for rule in {rule for rule, _ in seconds}:
+        assert 2.45 < seconds[rule, 1] / seconds[rule, 32] < 3.65
+        assert 9 < paid[rule, 32] / paid[rule, 1] < 13
+        assert seconds[rule, 64] > 0.99 * seconds[rule, 32]
+    busy = {
+        row["shards"]: float(row["utilisation"])
+        for row in PHASES
+        if row["figure"] == "saturation" and row["replicas"] == "10000"
+    }
+    assert busy == {
+        "1": pytest.approx(0.10, abs=0.005),
+        "4": pytest.approx(0.39, abs=0.005),
+    }
