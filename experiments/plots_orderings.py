@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from experiments import plots
 
 if TYPE_CHECKING:
-    from experiments.orderings import Study
+    from experiments.orderings_task import Study
 
 
 @matplotlib.rc_context(plots.STYLE)
@@ -25,12 +25,16 @@ def draw(found: Mapping[str, "Study"]) -> figure.Figure:
     Returns:
       The picture, a panel for each study.
     """
-    rows = [max(3, len(study.values)) for study in found.values()]
+    lines = [max(3, len(study.values)) for study in found.values()]
+    rows, columns = -(-len(found) // 2), min(2, len(found))
+    heights = [max(lines[i : i + columns]) for i in range(0, len(found), columns)]
     picture, panels = plt.subplots(
-        len(found), 1, figsize=(8, 0.9 * len(found) + 0.33 * sum(rows)),
-        squeeze=False, height_ratios=rows,
+        rows, columns, figsize=(7 * columns, 0.9 * rows + 0.3 * sum(heights)),
+        squeeze=False, height_ratios=heights,
     )  # fmt: skip
-    for panel, (name, study) in zip(panels[:, 0], found.items(), strict=True):
+    for empty in panels.flat[len(found) :]:
+        empty.remove()
+    for panel, (name, study) in zip(panels.flat, found.items(), strict=False):
         for row, values in enumerate(study.values.values()):
             reached = [value for value in values if math.isfinite(value)]
             colour = plots.COLOURS[row % len(plots.COLOURS)]

@@ -8,8 +8,9 @@ import re
 import numpy as np
 import pytest
 
-from experiments import orderings
-from experiments.orderings import Study, verdict
+from experiments import orderings, orderings_rules, orderings_task
+from experiments.orderings import verdict
+from experiments.orderings_task import Size, Study
 
 INF = math.inf
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments"
@@ -55,12 +56,13 @@ def test_what_is_written_is_what_the_numbers_say():
         rows = list(csv.DictReader(file))
     text = (FOLDER / "README.md").read_text()
     written = re.findall(
-        r"^\| (momentum|rules|protocols|alone) \| (.+) \| (.+) \| (.+) \| "
-        r"(.+ and others \d+) \| (.+) \| (.+) \|$",
+        rf"^\| ({'|'.join(orderings.STUDIES)}) \| (.+) \| (.+) \| (.+) \| "
+        r"(.+ \d{4}) \| (.+) \| (.+) \|$",
         text,
         re.MULTILINE,
     )
-    assert len(written) == 17
+    studies = {name for name, *_ in written}
+    assert studies == orderings.STUDIES.keys() - {"rounds"}  # which claims nothing
     for name, measure, more, less, source, *_ in written:
         values = {
             method: [
@@ -70,16 +72,36 @@ def test_what_is_written_is_what_the_numbers_say():
             ]
             for method in (more, less)
         }
-        study = Study(measure, values, [(more, less, source)])
+        logarithmic = name != "best_momentum"
+        study = Study(measure, values, [(more, less, source)], logarithmic)
         assert orderings.table({name: study}).splitlines()[-1] in text
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_settings_are_chosen_with_the_seeds_that_tune(seed):
+    size = Size(seeds=(1, 2, 3), tuning=(11, 12))
+    found = np.exp(np.random.default_rng(seed).standard_normal((3, 4, 5)))
+    found[..., 2:] *= 1e-6  # whatever these are, they have no say
+    found[1, 2, :2], found[0, 0, 0] = 1e-3, INF
+    assert orderings_task.best(found, size) == (1, 2)
+    assert orderings_task.reported(found, size).tolist() == found[1, 2, 2:].tolist()
+
+
+def test_seeds_have_their_own_examples_and_clusters():
+    problem = orderings_task.digits()
+    first, other = (problem.data(seed).batch(0, 0)["x"] for seed in (1, 2))
+    assert not np.array_equal(first, other)
+    traces = [orderings_rules.simulated([4], 40, seed)[0] for seed in (1, 1, 2)]
+    assert np.array_equal(traces[0].staleness(), traces[1].staleness())
+    assert not np.array_equal(traces[0].staleness(), traces[2].staleness())
+
+
 def test_the_smallest_study_leaves_its_table_numbers_and_picture(tmp_path, monkeypatch):
-    monkeypatch.setattr(orderings, "SMOKE", orderings.Size(20, (1, 2), (0.03, 0.3)))
+    monkeypatch.setattr(orderings, "SMOKE", Size(20, (1, 2), (11,), (0.03, 0.3)))
     orderings.main([f"--out={tmp_path}", "--smoke", "--only=momentum"])
     with (tmp_path / "orderings.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["seed"] for row in rows] == ["1", "2"] * 3
+    assert [row["seed"] for row in rows] == ["1", "2"] * 4
     assert all(math.isfinite(float(row["value"])) for row in rows)
     assert "Mitliagkas" in (tmp_path / "orderings.md").read_text()
     assert (tmp_path / "orderings.png").stat().st_size > 5_000
