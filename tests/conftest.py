@@ -65,6 +65,22 @@ def kept_programs(request, programs):
         compilation_cache.reset_cache()  # it reads the settings at its first use only
 
 
+@pytest.fixture(scope="module", autouse=True)
+def plain_code(request):
+    """Modules that ask for it are compiled without what takes LLVM the most time.
+
+    They compare with a tolerance. What is equal to the bit is tested as users have it.
+    """
+    if not getattr(request.module, "PLAIN_CODE", False):
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def ray_cluster():
     """Ray on this machine, with processes that go from one test to the next."""

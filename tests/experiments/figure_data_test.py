@@ -10,6 +10,8 @@ import pytest
 from experiments import figure4, figure_data, figure_study
 from tests.experiments.figures_test import TINY, TINY_TASK
 
+PLAIN_CODE = True
+
 
 def _save(path, **columns):
     rng = np.random.default_rng(0)

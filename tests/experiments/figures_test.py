@@ -26,6 +26,8 @@ from experiments import (
 from experiments.figure_curves import Curve, crossing
 from experiments.figure_study import FIGURE4, Lab, Study, adagrad, downpour, lbfgs
 
+PLAIN_CODE = True
+
 TINY_TASK = figure_task.Task(
     states=8, sounds=1, bands=12, channel=1.0, noise=0.5, hidden=(8,), batch=4,
     training=4_000, validation=300, test=600,

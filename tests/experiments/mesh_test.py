@@ -16,6 +16,8 @@ from dbjax.trace import Trace
 from experiments import dry_run, meshes, registry, train, workloads
 from tests import many_devices
 
+PLAIN_CODE = True
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 

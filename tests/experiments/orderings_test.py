@@ -12,6 +12,8 @@ from experiments import orderings, orderings_rules, orderings_task
 from experiments.orderings import verdict
 from experiments.orderings_task import Size, Study
 
+PLAIN_CODE = True
+
 INF = math.inf
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments"
 

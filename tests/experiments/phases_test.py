@@ -17,6 +17,8 @@ from experiments.phase_costs import Cost, Load
 from experiments.phase_rules import RULES
 from experiments.phases import Diagram, Study
 
+PLAIN_CODE = True
+
 TINY = dataclasses.replace(
     phases.SMOKE, rules=("SGD",), rates=(0.1, 100.0), delays=(0, 4), replicas=(1, 2),
     steps=30, warm=10, hidden=8, examples=500,

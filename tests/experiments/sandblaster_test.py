@@ -9,6 +9,8 @@ from experiments import dry_run, metrics, plots, plots_sandblaster, registry, tr
 from experiments.methods import METHODS, Session, kinds
 from tests.experiments.train_and_evaluate_test import SANDBLASTER, rows, run
 
+PLAIN_CODE = True
+
 
 def small(*methods, **options):
     """Tumours with few iterations, on two replicas."""

@@ -12,6 +12,8 @@ from experiments import dry_run, metrics, registry, train, workloads
 from experiments.methods import METHODS
 from tests.experiments import file_sets
 
+PLAIN_CODE = True
+
 OTHERS = sorted(
     path.stem
     for path in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py")

@@ -12,6 +12,8 @@ from experiments import registry, workload, workloads
 from tests import data_files
 from tests.experiments import file_sets
 
+PLAIN_CODE = True
+
 SMALL = {
     "digits": {"hidden": (16,), "batch_size": 8},
     "breast_cancer": {"batch_size": 8},

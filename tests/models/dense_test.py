@@ -12,6 +12,8 @@ import dbjax
 from dbjax import models
 from tests import many_devices
 
+PLAIN_CODE = True
+
 
 @pytest.mark.multidevice
 def test_partitions_change_no_value_and_exchange_the_least():

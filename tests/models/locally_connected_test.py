@@ -12,6 +12,8 @@ from dbjax.models.locally_connected import (
     named_padding,
 )
 
+PLAIN_CODE = True
+
 
 def textbook(x, weights, bias, stride, padding):
     """The layer with weights by position: gathers all patches, as flax does."""

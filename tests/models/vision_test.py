@@ -11,6 +11,8 @@ import pytest
 import dbjax
 from dbjax.models.vision import PRESETS, one_vs_all, vision
 
+PLAIN_CODE = True
+
 
 def images(count, classes, seed):
     """Noise over a pattern that belongs to the class, at any of nine places."""

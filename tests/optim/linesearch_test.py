@@ -14,6 +14,8 @@ from dbjax.optim.linesearch import (
     words,
 )
 
+PLAIN_CODE = True
+
 SEARCHES = {"more_thuente": more_thuente, "backtracking": backtracking}
 
 

@@ -17,6 +17,8 @@ from dbjax.optim.status import (
     status_of,
 )
 
+PLAIN_CODE = True
+
 
 def rosenbrock(x):
     return jnp.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)

@@ -11,6 +11,8 @@ from dbjax.optim.status import Status
 from dbjax.sandblaster.messages import Evaluate, Evaluated
 from tests.sandblaster.driving import Driven, Portions
 
+PLAIN_CODE = True
+
 LBFGS = dbjax.LBFGS(memory_size=3)
 
 

@@ -29,6 +29,8 @@ from tests.sandblaster.problems import (
     value_at,
 )
 
+PLAIN_CODE = True
+
 within_time = pytest.fixture(autouse=True)(alarm)
 
 LBFGS = METHODS["lbfgs"]

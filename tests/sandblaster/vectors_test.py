@@ -24,6 +24,8 @@ from dbjax.sandblaster.messages import (
 )
 from dbjax.server.layout import Layout
 
+PLAIN_CODE = True
+
 SHAPES = {"w": (7, 5), "b": (5,), "s": ()}
 SIZE = sum(int(np.prod(shape)) for shape in SHAPES.values())
 PLACES = ["in_process", "mesh", 1, 2, 3, 5, SIZE]
