@@ -1,6 +1,7 @@
 # Every target works alone on a machine that has only make and Python 3.11 or newer.
 #   make train   the first experiment, into runs/digits
 #   make test    all tests, the docstrings' examples and the README's
+#   make notebooks-smoke  runs colab/*.ipynb with small parameters
 #   make figures the paper's figures 3, 4 and 5 and ours, into figures; figures-smoke
 #                is a minute's worth of them, into runs/figures-smoke
 #   make battery-smoke  an example rule beside all baselines, into runs/battery-smoke
@@ -17,7 +18,8 @@ BIN := .venv/bin
 comma := ,
 STAMP := .venv/installed-$(subst $(comma),-,$(EXTRAS))
 
-.PHONY: venv train test docs notebooks bench figures figures-smoke battery-smoke lint types
+.PHONY: venv train test docs notebooks notebooks-smoke bench figures figures-smoke
+.PHONY: battery-smoke lint types
 
 venv: $(STAMP)
 
@@ -69,6 +71,9 @@ figures-smoke: venv
 battery-smoke: venv
 	$(BIN)/python -m experiments.battery --rule=experiments/rules/compensate.py \
 	  --smoke --out=runs/battery-smoke --cache=runs/battery-smoke/baselines
+
+notebooks-smoke: venv
+	$(BIN)/python -m pytest tests/colab_test.py -m notebooks
 
 lint: venv
 	$(BIN)/ruff check

@@ -83,7 +83,7 @@ def environment(tmp_path_factory):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.notebooks
 @pytest.mark.parametrize("name", SMOKE)
 def test_notebook_runs(name, environment):
     notebook = with_parameters(read(name), SMOKE[name])
