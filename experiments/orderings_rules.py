@@ -9,8 +9,15 @@ import optax
 
 import dbjax
 from dbjax import optim
-from experiments.orderings_task import Size, Study, best, digits, ends, regression
-from experiments.orderings_task import reported as report
+from experiments.orderings_task import (
+    Size,
+    Study,
+    best,
+    digits,
+    ends,
+    regression,
+    reported,
+)
 
 CLUSTER = dbjax.Cluster(step_time=dbjax.Exponential(1.0))
 
@@ -42,7 +49,9 @@ def momentum(size: Size) -> Study:
         size.all_seeds,
     )
     values = {
-        name_of(n): (report(one[:, 1], size) / report(one[:, 0], size)).tolist()
+        name_of(n): np.divide(
+            reported(one[:, 1], size), reported(one[:, 0], size)
+        ).tolist()
         for n, one in zip(counts, found, strict=True)
     }
     source = "Mitliagkas and others 2016"
@@ -108,11 +117,10 @@ def rules(size: Size, replicas: int = 24) -> Study:
         one, many = ends(digits(), traces, make, settings, size.all_seeds, provide)
         if name == "SGD":
             alone = best(one, size)
-            values["SGD, one replica"] = report(one, size).tolist()
-        values[name] = report(many, size).tolist()
+            values["SGD, one replica"] = reported(one, size)
+        values[name] = reported(many, size)
         if len(settings) == 1:
-            there = many[alone][len(size.tuning) :]
-            values[f"{name}, alone's rate"] = there.tolist()
+            values[f"{name}, alone's rate"] = reported(many, size, alone)
     zheng, zhang = "Zheng and others 2017", "Zhang and others 2015"
     barkai = "Barkai and others 2019"
     claims = [
@@ -141,12 +149,11 @@ def prediction(size: Size, delay: int = 8) -> Study:
         return optim.predict_params(heavy(rate), delay)
 
     fresh = run(heavy, 0)
-    alone, reported = best(fresh, size), slice(len(size.tuning), None)
-    values = {"fresh": report(fresh, size).tolist()}
+    values = {"fresh": reported(fresh, size)}
     for name, rule in (("stale", heavy), ("predicted", ahead)):
         found = run(rule, delay)
-        values[name] = report(found, size).tolist()
-        values[f"{name}, fresh one's rate"] = found[alone][reported].tolist()
+        values[name] = reported(found, size)
+        values[f"{name}, fresh one's rate"] = reported(found, size, best(fresh, size))
     chen = "Chen and others 2022"
     claims = [
         ("stale", "fresh", chen),

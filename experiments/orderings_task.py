@@ -147,17 +147,21 @@ def ends(
     return np.stack(found, -1)
 
 
-def reported(found: np.ndarray, size: Size) -> np.ndarray:
-    """Give what the setting leads to that is best for the seeds that tune.
+def reported(
+    found: np.ndarray, size: Size, at: tuple[Any, ...] | None = None
+) -> list[float]:
+    """Give what a setting leads to.
 
     Args:
       found: of one Trace, `[*settings, tuning and reported seeds]`.
       size: says which seeds are which.
+      at: the setting's place; by default it is the best for the seeds that tune.
 
     Returns:
       The losses of the reported seeds.
     """
-    return found[best(found, size)][len(size.tuning) :]
+    place = best(found, size) if at is None else at
+    return found[place][len(size.tuning) :].tolist()
 
 
 def best(found: np.ndarray, size: Size) -> tuple[Any, ...]:

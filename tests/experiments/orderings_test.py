@@ -86,7 +86,8 @@ def test_settings_are_chosen_with_the_seeds_that_tune(seed):
     found[..., 2:] *= 1e-6  # whatever these are, they have no say
     found[1, 2, :2], found[0, 0, 0] = 1e-3, INF
     assert orderings_task.best(found, size) == (1, 2)
-    assert orderings_task.reported(found, size).tolist() == found[1, 2, 2:].tolist()
+    assert orderings_task.reported(found, size) == found[1, 2, 2:].tolist()
+    assert orderings_task.reported(found, size, (2, 0)) == found[2, 0, 2:].tolist()
 
 
 def test_seeds_have_their_own_examples_and_clusters():
