@@ -21,7 +21,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-import jax
 import rich.console
 import rich.progress
 import rich.table
@@ -36,6 +35,7 @@ from experiments.battery_cells import SMOKE, Size
 from experiments.battery_exam import examine
 from experiments.battery_rules import BASELINES, BadRule, Rule
 from experiments.battery_study import Battery, Judged, compare, judge
+from experiments.programs import keep_programs
 
 T = TypeVar("T")
 
@@ -141,13 +141,6 @@ def look_at(file: pathlib.Path) -> tuple[Rule | None, str]:
         return examine(functools.partial(battery_rules.load, file)), ""
     except BadRule as error:
         return None, str(error)
-
-
-def keep_programs(folder: pathlib.Path) -> None:
-    """Keep compiled programs, unless somebody else does."""
-    if not jax.config.values.get("jax_compilation_cache_dir"):
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def report(page: battery_page.Page) -> rich.table.Table:

@@ -1,4 +1,8 @@
-"""What the battery leaves: one page that needs nothing else, and every cell as CSV."""
+"""What the battery leaves: one page that needs nothing else, and every cell as CSV.
+
+A cell's row ends with what its rule came to on that workload and cluster: the reported
+seeds' mean loss and median time to the target, with their intervals of 95 %.
+"""
 
 import base64
 import csv
@@ -39,6 +43,10 @@ img { max-width: 100%; } code { background: #f5f5f5; padding: 0 .2rem; }
 .wide { overflow-x: auto; }
 """
 _DASHES = ("solid", "dashed", "dotted")
+_OF_ALL_SEEDS = (
+    "mean_loss", "mean_loss_low", "mean_loss_high",
+    "median_seconds", "median_seconds_low", "median_seconds_high",
+)  # fmt: skip
 
 
 class Page(NamedTuple):
@@ -136,7 +144,8 @@ def write(page: Page, out: pathlib.Path) -> None:
         rows.writerow(
             ("rule", "workload", "cluster", "stage", "seed", "setting", "chosen",
              "held_out_loss", "held_out_accuracy", "target", "seconds_to_target",
-             "seconds", "pushes", "rejected_not_finite", "mean_staleness", "status")
+             "seconds", "pushes", "rejected_not_finite", "mean_staleness", "status",
+             *_OF_ALL_SEEDS)
         )  # fmt: skip
         rows.writerows(_csv_rows(page))
 
@@ -146,8 +155,10 @@ def _csv_rows(page: Page) -> Iterator[tuple[object, ...]]:
         for workload in page.battery.workloads:
             for cluster in page.battery.clusters:
                 where = page.name, workload.name, cluster.name
-                yield *where, *[""] * 12, f"bad: {page.bad}"
+                unknown = [""] * len(_OF_ALL_SEEDS)
+                yield *where, *[""] * 12, f"bad: {page.bad}", *unknown
     for one in page.judged:
+        intervals = [f"{end:.6g}" for each in (one.loss, one.time) for end in each]
         for run in (*one.trials, *one.runs):
             cell, curve = run.cell, run.curve
             status = run.error and f"bad: raises: {run.error}"
@@ -161,7 +172,7 @@ def _csv_rows(page: Page) -> Iterator[tuple[object, ...]]:
                     ("", "", "", "") if curve is None else
                     (f"{curve.duration:.6g}", curve.pushes, curve.not_finite,
                      f"{curve.staleness:.4g}")
-                ), status,
+                ), status, *intervals,
             )  # fmt: skip
 
 

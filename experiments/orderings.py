@@ -22,9 +22,9 @@ import rich.console
 import scipy.stats
 
 from experiments import orderings_rules, orderings_runs, plots, plots_orderings
-from experiments.battery import keep_programs
 from experiments.bench_table import list_of
 from experiments.orderings_task import SMOKE, Size, Study
+from experiments.programs import keep_programs
 
 STUDIES = {f.__name__: f for f in (*orderings_rules.STUDIES, *orderings_runs.STUDIES)}
 

@@ -267,6 +267,17 @@ def test_the_smallest_battery_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
         [[row[name] for name in names] for row in part] for part in (rows[:4], rows[4:])
     ]
     assert halves[0] == halves[1]
+    for part in (rows[:4], rows[4:]):
+        ends = [float(row["held_out_loss"]) for row in part if row["stage"] == "report"]
+        for row in part:
+            low, mean, high = (
+                float(row[f"mean_loss{end}"]) for end in ("_low", "", "_high")
+            )
+            assert low < mean < high and mean == pytest.approx(np.mean(ends), rel=1e-5)
+            low, mean, high = (
+                float(row[f"median_seconds{e}"]) for e in ("_low", "", "_high")
+            )
+            assert low <= mean <= high
     page = (tmp_path / "out" / "index.html").read_text()
     assert page.count("<img alt=") == 1 and "data:image/png;base64," in page
     assert "no difference seen" in page and "This rule is bad" not in page

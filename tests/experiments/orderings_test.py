@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from experiments import orderings, orderings_rules, orderings_task
+from experiments import orderings, orderings_rules, orderings_runs, orderings_task
 from experiments.orderings import verdict
 from experiments.orderings_task import Size, Study
 
@@ -88,6 +88,33 @@ def test_settings_are_chosen_with_the_seeds_that_tune(seed):
     assert orderings_task.best(found, size) == (1, 2)
     assert orderings_task.reported(found, size) == found[1, 2, 2:].tolist()
     assert orderings_task.reported(found, size, (2, 0)) == found[2, 0, 2:].tolist()
+
+
+def test_a_method_is_tuned_by_runs_with_the_seeds_that_tune(monkeypatch):
+    size, asked = Size(seeds=(1, 2), tuning=(11, 12)), []
+
+    def run_to(size, seed, cluster, settings, target, every):
+        asked.append((seed, settings["rate"], target, every))
+        return abs(settings["rate"] - 0.2) + 0.1 * settings["other"] + 1e-3 * seed
+
+    monkeypatch.setattr(orderings_task, "run_to", run_to)
+    found = orderings_task.tuned(
+        size, None, lambda a, b: {"rate": a, "other": b}, [(0.1, 0.2), (1, 2)], 0.4, 3
+    )
+    np.testing.assert_allclose(found, [0.101, 0.102])
+    tries = [(seed, rate) for rate in (0.1, 0.1, 0.2, 0.2) for seed in (11, 12)]
+    ends = [(1, 0.2), (2, 0.2)]
+    assert asked == [(*one, 0.4, 3) for one in tries + ends]
+
+
+@pytest.mark.parametrize("name", ["seldom", "agn", "easgd"])
+def test_replicas_of_their_own_learn(name):
+    settings = getattr(orderings_runs, name)(0.1, replicas=2, every=5)
+    size = Size(steps=200)
+    assert orderings_task.run_to(size, 1, orderings_runs.EVEN, settings) < 1.8  # of 2.3
+    seconds = orderings_task.run_to(size, 1, orderings_runs.EVEN, settings, 1.8, 10)
+    assert 0 < seconds < 200
+    assert orderings_task.run_to(size, 1, orderings_runs.EVEN, settings, 0.0) == INF
 
 
 def test_seeds_have_their_own_examples_and_clusters():
