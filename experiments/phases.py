@@ -13,7 +13,8 @@ Then the price: wall time and replica-seconds to a target loss, and the same kin
 cluster with up to 10,000 replicas, until the shards saturate.
 
 It leaves `phases_staleness.png`, `phases_replicas.png`, `phases_cost.png`,
-`phases_saturation.png`, and `phases.csv` with all the numbers.
+`phases_saturation.png`, `phases.csv` with all their numbers, and `phases_probe.png`:
+one of these runs, push by push.
 """
 
 import argparse
@@ -26,19 +27,22 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 import rich.console
 import rich.progress
 
 import dbjax
 from dbjax import optim
+from dbjax.downpour.probe import PROBES, Probes
 from dbjax.downpour.sweep import Sweep
 from dbjax.trace import Trace
-from experiments import phase_costs, plots, plots_phases, workloads
+from experiments import phase_costs, plots, plots_phases, plots_probe, workloads
 from experiments.phase_costs import Cost, Load
 from experiments.phase_rules import RULES, Rule
 from experiments.workload import Workload
 
 EXAMPLES = 2_000  # of which the curvature is
+SAMPLES = 200  # pushes that are looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +137,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         costs = phase_costs.costs(study, workload, by_replicas)
     with console.status("large clusters"):
         loads = phase_costs.saturation(study)
+    with console.status("push by push"):
+        seen = pushes(workload, by_replicas[0])
     figures = {
+        "phases_probe": plots_probe.draw(seen),
         "phases_staleness": plots_phases.draw(by_delay, "staleness (updates)"),
         "phases_replicas": plots_phases.draw(by_replicas, "replicas"),
         "phases_cost": plots_phases.draw_costs(costs, study.target),
@@ -209,6 +216,21 @@ def sharpest(
         for i in np.flatnonzero(~failed[0])
     ]
     return start, max(ends, default=start)
+
+
+def pushes(workload: Workload, diagram: Diagram) -> Probes:
+    """Probe SGD at its best rate, with so many replicas as two thirds of all have."""
+    place = 2 * len(diagram.traces) // 3
+    loss = np.where(diagram.failed[place], np.inf, diagram.loss[place])
+    rate = float(diagram.rates[loss.argmin()])
+    assert workload.fixed is not None
+    trace = diagram.traces[place]
+    return dbjax.probe(
+        trace, workload.loss, workload.init(0), workload.data,
+        optimizer=optax.sgd(rate), probes=PROBES,
+        learning_rate=rate, every=max(1, len(trace.staleness()) // SAMPLES),
+        batch={name: values[:EXAMPLES] for name, values in workload.fixed.items()},
+    )  # fmt: skip
 
 
 def limits(

@@ -29,7 +29,7 @@ TINY = dataclasses.replace(
 def test_the_smallest_study_leaves_every_number_and_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(phases, "SMOKE", TINY)
     phases.main([f"--out={tmp_path}", "--smoke"])
-    for name in ("staleness", "replicas", "cost", "saturation"):
+    for name in ("staleness", "replicas", "cost", "saturation", "probe"):
         assert (tmp_path / f"phases_{name}.png").stat().st_size > 5_000
     rows = list(csv.DictReader((tmp_path / "phases.csv").read_text().splitlines()))
     counts = {name: 0 for name in ("staleness", "replicas", "cost", "saturation")}
