@@ -27,7 +27,7 @@ def test_each_measure_has_its_panel_and_each_push_its_point(probes, expected):
     )  # fmt: skip
     picture = plots_probe.draw(seen)
     *panels, bar = picture.axes
-    assert [panel.get_title() for panel in panels] == [
+    assert [panel.get_title(loc="left") for panel in panels] == [
         plots_probe.PANELS[name] for name in expected
     ]
     assert bar.get_ylabel() == "staleness (updates)"
